@@ -1,17 +1,20 @@
-"""The WKV operator of RWKV-4: one public function, a readable reference, and a seam for faster implementations.
+"""The WKV operator of RWKV-4: one function, a readable reference, and a seam for faster ones.
 
 Symbols: B batch, T time steps, C channels, N sequences (N = B, or the number of packed sequences).
 
-Per channel, with decay ``w = -exp(time_decay)`` and bonus ``u = time_first`` (Peng et al. 2023, "RWKV: Reinventing
-RNNs for the Transformer Era", arXiv:2305.13048, equations 16-18 and appendix D)::
+Per channel, with decay ``w = -exp(time_decay)`` and bonus ``u = time_first`` (Peng et al. 2023,
+"RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048, equations 16-18, appendix D)::
 
     y_t = (A_{t-1} + e^{u+k_t} v_t) / (B_{t-1} + e^{u+k_t})
     A_t = e^w A_{t-1} + e^{k_t} v_t
     B_t = e^w B_{t-1} + e^{k_t}
 
-The state of a channel is ``(a, b, p)``, standing for ``A = a e^p`` and ``B = b e^p``. The exponent ``p`` is a scale
-and not a quantity: its gradient is zero by definition, and gradients through ``a`` and ``b`` are then exact.
+The state of a channel is ``(a, b, p)``, standing for ``A = a e^p`` and ``B = b e^p``. The exponent
+``p`` is a scale and not a quantity: its gradient is zero by definition, and gradients through ``a``
+and ``b`` are then exact.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -34,31 +37,36 @@ def wkv4(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention without attention: the weighted average over the past, and the state that continues it.
+    """Attention without attention: the average over the past, and the state that continues it.
 
     Args:
-        time_decay: (C,) any float. The decay per step is ``-exp(time_decay)``.
+        time_decay: (C,) any float. A step multiplies the past by ``exp(-exp(time_decay))``.
         time_first: (C,) any float. The bonus of the current token.
         key: (B, T, C) float16, bfloat16, float32 or float64, any strides.
         value: (B, T, C) as ``key``.
-        state: (N, 3, C) float32 (float64 where ``key`` is): numerator ``a``, denominator ``b``, exponent ``p`` before
-            the first step. A channel with ``b == 0`` has no history, so all zeros is the empty state, as is None.
-        cu_seqlens: (N + 1,) int32 or int64, with B = 1: sequence n is ``key[0, cu_seqlens[n]:cu_seqlens[n + 1]]``.
-            Sequences may have no tokens; their state comes back as it was.
+        state: (N, 3, C) float32 (float64 where ``key`` is): numerator ``a``, denominator ``b``,
+            exponent ``p`` before the first step. A channel with ``b == 0`` has no history, so all
+            zeros is the empty state, as is None.
+        cu_seqlens: (N + 1,) int32 or int64, with B = 1: sequence n is
+            ``key[0, cu_seqlens[n]:cu_seqlens[n + 1]]``. Sequences may have no tokens; their state
+            comes back as it was.
         backend: one of ``BACKENDS``, or "auto" (see :func:`choose_backend`).
 
     Returns:
-        output (B, T, C) in the dtype of ``key``, and the state (N, 3, C) after the last step of each sequence.
-        Inputs are never modified. Differentiable, once, in all five tensors.
+        output (B, T, C) in the dtype of ``key``, and the state (N, 3, C) after the last step of
+        each sequence. Inputs are never modified. Differentiable, once, in all five tensors.
 
     Raises:
-        ValueError: a shape, dtype, device, ``cu_seqlens`` or backend that does not fit; names the argument.
+        ValueError: a shape, dtype, device, ``cu_seqlens`` or backend that does not fit; names the
+            argument.
     """
     _check(time_decay, time_first, key, value, state, cu_seqlens)
     if backend == "auto":
         backend = choose_backend(key)
     elif backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
+        raise ValueError(
+            f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}"
+        )
     if backend == "reference":
         return wkv4_reference(time_decay, time_first, key, value, state, cu_seqlens)
     if cu_seqlens is None and key.shape[1] == 1:
@@ -69,7 +77,7 @@ def wkv4(
 
 
 def choose_backend(key: Tensor) -> str:
-    """The implementation that ``backend="auto"`` takes: a pure function of the device and dtype of ``key``."""
+    """What ``backend="auto"`` takes: a pure function of the device and dtype of ``key``."""
     return "portable"
 
 
@@ -81,17 +89,24 @@ def wkv4_reference(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator as it is defined, one step at a time through autograd; arguments and results as in :func:`wkv4`."""
+    """The operator as it is defined, step by step through autograd; called as :func:`wkv4` is."""
     if cu_seqlens is not None:
+        _check_bounds(cu_seqlens, key)
         bounds = cu_seqlens.tolist()
-        rows = [slice(begin, end) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        rows = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
         parts = [
             wkv4_reference(
-                time_decay, time_first, key[:, row], value[:, row], None if state is None else state[n : n + 1]
+                time_decay,
+                time_first,
+                key[:, row],
+                value[:, row],
+                None if state is None else state[n : n + 1],
             )
             for n, row in enumerate(rows)
         ]
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([s for _, s in parts])
+    if key.shape[1] == 0:
+        return key.clone(), empty_state(key, key.shape[0]) if state is None else state.clone()
     dtype = torch.promote_types(key.dtype, torch.float32)
     w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
     a, b, p = _unpack(key, state)
@@ -99,27 +114,28 @@ def wkv4_reference(
     for k, v in zip(key.to(dtype).unbind(1), value.to(dtype).unbind(1), strict=True):
         y, a, b, p = _step(w, u, k, v, a, b, p)
         outputs.append(y)
-    output = torch.stack(outputs, dim=1).to(key.dtype) if outputs else torch.zeros_like(key)
-    return output, torch.stack([a, b, p], dim=1)
+    return torch.stack(outputs, dim=1).to(key.dtype), torch.stack([a, b, p], dim=1)
 
 
 def empty_state(key: Tensor, sequences: int) -> Tensor:
-    """The state (sequences, 3, C) before any token, in the dtype that the operator keeps states in."""
+    """The state (sequences, 3, C) before any token, in the dtype that states are kept in."""
     dtype = torch.promote_types(key.dtype, torch.float32)
     state = torch.zeros(sequences, 3, key.shape[-1], dtype=dtype, device=key.device)
     state[:, 2] = EMPTY_EXPONENT
     return state
 
 
-def _step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-    """One stable time step on (N, C): the output and the next ``a, b, p``. Scales are constants to autograd."""
+def _step(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, p: Tensor
+) -> tuple[Tensor, ...]:
+    """One stable step on (N, C): the output and the next ``a, b, p``, whose scale is a constant."""
     with torch.no_grad():
         q = torch.maximum(p, u + k)
         p_next = torch.maximum(p + w, k)
     past, now = torch.exp(p - q), torch.exp(u + k - q)
-    y = (past * a + now * v) / (past * b + now)
+    y = torch.addcmul(past * a, now, v) / (past * b + now)  # rounded once, as in the scan
     past, now = torch.exp(p + w - p_next), torch.exp(k - p_next)
-    return y, past * a + now * v, past * b + now, p_next
+    return y, torch.addcmul(past * a, now, v), past * b + now, p_next
 
 
 def _unpack(key: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +149,7 @@ def _unpack(key: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 def _one_token(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A single step (B, 1, C) without the machinery of a scan: what generation runs, token after token."""
+    """A step (B, 1, C) without the machinery of a scan: what generation runs, token after token."""
     dtype = torch.promote_types(key.dtype, torch.float32)
     w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
     y, *after = _step(w, u, key[:, 0].to(dtype), value[:, 0].to(dtype), *_unpack(key, state))
@@ -149,6 +165,8 @@ def _wkv4_portable(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None:
+        _check_bounds(cu_seqlens, key)
     return wkv4_portable.forward(time_decay, time_first, key, value, state, cu_seqlens)
 
 
@@ -201,16 +219,20 @@ def _check(
     if key.ndim != 3:
         raise ValueError(f"key has shape {tuple(key.shape)}: expected (batch, time, channels)")
     if key.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"key has dtype {key.dtype}: expected float16, bfloat16, float32 or float64")
+        raise ValueError(
+            f"key has dtype {key.dtype}: expected float16, bfloat16, float32 or float64"
+        )
     batch, _, channels = key.shape
     if value.shape != key.shape or value.dtype != key.dtype:
         raise ValueError(
-            f"value is {value.dtype} {tuple(value.shape)}: expected the same as key, {key.dtype} {tuple(key.shape)}"
+            f"value is {value.dtype} {tuple(value.shape)}: "
+            f"expected the same as key, {key.dtype} {tuple(key.shape)}"
         )
     for name, vector in (("time_decay", time_decay), ("time_first", time_first)):
         if vector.shape != (channels,) or not vector.is_floating_point():
             raise ValueError(
-                f"{name} is {vector.dtype} {tuple(vector.shape)}: expected one float per channel, ({channels},)"
+                f"{name} is {vector.dtype} {tuple(vector.shape)}: "
+                f"expected one float per channel, ({channels},)"
             )
     sequences = batch
     if cu_seqlens is not None:
@@ -220,26 +242,47 @@ def _check(
         dtype = torch.promote_types(key.dtype, torch.float32)
         if state.shape != (sequences, 3, channels) or state.dtype != dtype:
             raise ValueError(
-                f"state is {state.dtype} {tuple(state.shape)}: expected {dtype} {(sequences, 3, channels)}, "
-                "the state that a call with as many sequences returned"
+                f"state is {state.dtype} {tuple(state.shape)}: expected {dtype} "
+                f"{(sequences, 3, channels)}, the state that a call with as many sequences returned"
             )
-    for name, tensor in (("value", value), ("time_decay", time_decay), ("time_first", time_first), ("state", state)):
+    for name, tensor in (
+        ("value", value),
+        ("time_decay", time_decay),
+        ("time_first", time_first),
+        ("state", state),
+    ):
         if tensor is not None and tensor.device != key.device:
-            raise ValueError(f"{name} is on {tensor.device} but key is on {key.device}: move them together")
+            raise ValueError(
+                f"{name} is on {tensor.device} but key is on {key.device}: move them together"
+            )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, key: Tensor) -> None:
     if key.shape[0] != 1:
-        raise ValueError(f"key has batch size {key.shape[0]}: with cu_seqlens, lay the sequences end to end in batch 1")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected int32 or int64, (sequences + 1,)"
+            f"key has batch size {key.shape[0]}: with cu_seqlens, "
+            "lay the sequences end to end in batch 1"
         )
-    if torch.compiler.is_compiling():
-        return  # values are not known while tracing
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != key.shape[1] or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if (
+        cu_seqlens.ndim != 1
+        or cu_seqlens.shape[0] < 2
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
         raise ValueError(
-            f"cu_seqlens runs {bounds[:3]} ... {bounds[-1]}: expected to start at 0, never to decrease, "
-            f"and to end at the number of tokens, {key.shape[1]}"
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
+            "expected int32 or int64, (sequences + 1,)"
+        )
+
+
+def _check_bounds(cu_seqlens: Tensor, key: Tensor) -> None:
+    """Look at the values, where an implementation runs: fake tensors and graphs have none."""
+    bounds = cu_seqlens.tolist()
+    if (
+        bounds[0] != 0
+        or bounds[-1] != key.shape[1]
+        or any(a > b for a, b in itertools.pairwise(bounds))
+    ):
+        raise ValueError(
+            f"cu_seqlens runs {bounds[:3]} ... {bounds[-1]}: expected to start at 0, "
+            f"never to decrease, and to end at the number of tokens, {key.shape[1]}"
         )

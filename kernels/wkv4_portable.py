@@ -1,13 +1,16 @@
-"""WKV-4 in plain PyTorch, parallel over time: one scan, run forwards for the outputs and backwards for the gradients.
+"""WKV-4 in plain PyTorch, parallel over time: one scan, run backwards for the gradients.
 
-Symbols: M tokens of all sequences laid end to end, N sequences, C channels, S steps of a group, G groups.
+Symbols: M tokens of all sequences laid end to end, N sequences, C channels, S steps of a group,
+G groups.
 
-A run of steps is a linear map of the state, and such maps join associatively. So sequences are cut into groups of at
-most ``SPAN`` steps; every group's sum is taken from an empty start, all groups at once; a scan over the sums (the
-same function again) gives each group its true start; then ``SPAN`` vectorised steps give the state before every
-token. That is ``SPAN * log_SPAN(T)`` Python steps, fewer than the ``2 sqrt(T)`` of a two-level scheme.
+A run of steps is a linear map of the state, and such maps join associatively. So sequences are cut
+into groups of at most ``SPAN`` steps; every group's sum is taken from an empty start, all groups at
+once; a scan over the sums (the same function again) gives each group its true start; then ``SPAN``
+vectorised steps give the state before every token. That is ``SPAN * log_SPAN(T)`` Python steps,
+fewer than the ``2 sqrt(T)`` of a two-level scheme.
 
-Groups begin where their sequence begins, so a sequence gives the same bits alone, in a batch and packed.
+Groups begin where their sequence begins, and all sums are written out as operations on single
+numbers, so a sequence gives the same bits alone, in a batch and packed.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ SPAN = 32
 
 @dataclass
 class Elements:
-    """Terms of a scan, or the states that they add up to: ``numerator * e^exponent``, ``denominator * e^exponent``.
+    """Terms of a scan, or the states that they add up to: ``pair * e^exponent``.
 
     pair: (2, ..., C), numerator and denominator; exponent: (..., C).
     """
@@ -31,7 +34,7 @@ class Elements:
 
     @classmethod
     def from_state(cls, state: Tensor) -> "Elements":
-        """From (N, 3, C); wherever the denominator is 0 there is no history, whatever the exponent says."""
+        """From (N, 3, C); where the denominator is 0 there is no history, whatever p says."""
         a, b, p = state.unbind(1)
         return cls(torch.stack([a, b]), torch.where(b == 0, EMPTY_EXPONENT, p))
 
@@ -45,7 +48,7 @@ class Elements:
 
 
 class Groups:
-    """How sequences of ``lengths`` > 0 tokens, laid end to end, are cut into groups of at most SPAN steps."""
+    """How sequences of ``lengths`` > 0 tokens, laid end to end, are cut into groups of a SPAN."""
 
     def __init__(self, lengths: Tensor, device: torch.device) -> None:
         self.steps = min(SPAN, int(lengths.max()))
@@ -58,7 +61,9 @@ class Groups:
         if not self.regular:
             ends = lengths.cumsum(0).repeat_interleave(self.counts)
             rank = torch.arange(self.size) - first.repeat_interleave(self.counts)
-            begins = (lengths.cumsum(0) - lengths).repeat_interleave(self.counts) + rank * self.steps
+            begins = (lengths.cumsum(0) - lengths).repeat_interleave(
+                self.counts
+            ) + rank * self.steps
             token = begins + torch.arange(self.steps)[:, None]
             used = (token < ends).flatten().nonzero()[:, 0]
             slot = torch.empty_like(used)
@@ -68,7 +73,7 @@ class Groups:
     def fold(self, x: Tensor) -> Tensor:
         """(..., M, C) as (..., S, G, C): one slice is one step of all groups.
 
-        Slots behind the end of a sequence repeat its last token, and nobody reads what comes of them.
+        Slots behind the end of a sequence repeat its last token; nobody reads what comes of them.
         """
         if self.regular:
             return x.unflatten(-2, (self.size, self.steps)).transpose(-3, -2)
@@ -81,8 +86,10 @@ class Groups:
         return x.flatten(-3, -2)[..., self.slot, :]
 
 
-def scan(terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements) -> tuple[Elements, Elements]:
-    """The state before every term and after the last term of each sequence, where ``state = e^decay state + term``.
+def scan(
+    terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements
+) -> tuple[Elements, Elements]:
+    """The state before every term and after each sequence: ``state = e^decay state + term``.
 
     Args:
         terms: pair (2, M, C), exponent (M, C).
@@ -106,23 +113,37 @@ def scan(terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements) -> 
         torch.maximum(old, term, out=new)
         torch.mul(pair[:, t], old.sub_(new).exp_(), out=pair[:, t + 1])
         pair[:, t + 1].addcmul_(terms.pair[:, t], (term - new).exp_())
-    final = Elements(pair[:, groups.steps_of_last, groups.last], exponent[groups.steps_of_last, groups.last])
+    final = Elements(
+        pair[:, groups.steps_of_last, groups.last], exponent[groups.steps_of_last, groups.last]
+    )
     return Elements(groups.unfold(pair[:, :-1]), groups.unfold(exponent[:-1])), final
 
 
 def _sums(terms: Elements, decay: Tensor) -> Elements:
-    """What each group (2, S, G, C) of terms adds up to from an empty start: pair (2, G, C), exponent (G, C)."""
+    """What each group of terms, (2, S, G, C), adds up to from an empty start, (2, G, C)."""
     steps = len(terms.exponent)
     to_end = torch.arange(steps - 1, -1, -1, dtype=decay.dtype, device=decay.device)
     weight = terms.exponent + (to_end[:, None] * decay)[:, None]
     exponent = weight.amax(0)
     weight = weight.sub_(exponent).exp_()
-    return Elements((terms.pair * weight).sum(1), exponent)
+    return Elements(_add_up(terms.pair * weight), exponent)
+
+
+def _add_up(x: Tensor) -> Tensor:
+    """The sum over dimension 1, by halves, in place.
+
+    Not ``Tensor.sum``, whose order of additions depends on where in memory a channel lies.
+    """
+    while (steps := x.shape[1]) > 1:
+        half = steps // 2
+        x[:, :half] += x[:, steps - half :]
+        x = x[:, : steps - half]
+    return x[:, 0]
 
 
 @dataclass
 class Problem:
-    """The arguments of the operator as a scan over tokens laid end to end, without the sequences that have none."""
+    """The operator's arguments as a scan over tokens laid end to end; empty sequences left out."""
 
     w: Tensor
     u: Tensor
@@ -143,7 +164,9 @@ class Problem:
         cu_seqlens: Tensor | None,
     ) -> "Problem":
         batch, time, channels = key.shape
-        lengths = torch.full((batch,), time) if cu_seqlens is None else cu_seqlens.cpu().long().diff()
+        lengths = (
+            torch.full((batch,), time) if cu_seqlens is None else cu_seqlens.cpu().long().diff()
+        )
         live = None
         if not lengths.all():
             live = lengths.nonzero()[:, 0]
@@ -151,8 +174,8 @@ class Problem:
         return cls(
             w=-torch.exp(time_decay.to(state.dtype)),
             u=time_first.to(state.dtype),
-            k=key.to(state.dtype).reshape(-1, channels),
-            v=value.to(state.dtype).reshape(-1, channels),
+            k=key.to(state.dtype).reshape(-1, channels).contiguous(),
+            v=value.to(state.dtype).reshape(-1, channels).contiguous(),
             initial=Elements.from_state(state),
             lengths=lengths,
             live=live,
@@ -171,7 +194,7 @@ class Problem:
 
 
 def _weights(before: Elements, bonus_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The common scale of an output's terms, and the weights of the past and of the current token at that scale."""
+    """The common scale of an output's terms; the weights of the past and of this token at it."""
     scale = torch.maximum(before.exponent, bonus_key)
     return scale, (before.exponent - scale).exp_(), (bonus_key - scale).exp_()
 
@@ -184,9 +207,9 @@ def forward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, T, C) and final state (N, 3, C); the arguments are those of ``wkv4``, checked, the state given."""
-    if key.shape[1] == 0:
-        return key.new_empty(key.shape), state.clone()
+    """Output (B, T, C) and final state (N, 3, C), from the checked arguments of ``wkv4``."""
+    if key.numel() == 0:
+        return key.new_empty(key.shape), state.clone(memory_format=torch.contiguous_format)
     problem = Problem.of(time_decay, time_first, key, value, state, cu_seqlens)
     before, final = problem.states()
     _, past, now = _weights(before, problem.u + problem.k)
@@ -209,12 +232,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first five arguments of ``wkv4``.
 
-    The adjoints of A and B obey ``alpha_{t-1} = e^w alpha_t + gy_t / D_t`` (``beta`` with ``-gy_t y_t / D_t``), D_t
-    being the denominator of y_t: the forward scan once more, over the tokens from last to first.
+    The adjoints of A and B obey ``alpha_{t-1} = e^w alpha_t + gy_t / D_t`` (``beta`` with
+    ``-gy_t y_t / D_t``), D_t being the denominator of y_t: the forward scan once more, over the
+    tokens from last to first.
     """
     grad_state = torch.cat([grad_state[:, :2], torch.zeros_like(grad_state[:, 2:])], dim=1)
-    if key.shape[1] == 0:
-        return (*(torch.zeros_like(x) for x in (time_decay, time_first, key, value)), grad_state)
+    if key.numel() == 0:
+        return (
+            torch.zeros_like(time_decay),
+            torch.zeros_like(time_first),
+            torch.zeros_like(key),
+            torch.zeros_like(value),
+            grad_state,
+        )
     problem = Problem.of(time_decay, time_first, key, value, state, cu_seqlens)
     before, final = problem.states()
     w, k, v = problem.w, problem.k, problem.v
@@ -223,7 +253,9 @@ def backward(
     grad_numerator = grad_output.reshape(k.shape) / denominator
     grad_denominator = grad_numerator * (numerator / denominator).neg_()
 
-    live_grad = grad_state if problem.live is None else grad_state[problem.live.to(grad_state.device)]
+    live_grad = (
+        grad_state if problem.live is None else grad_state[problem.live.to(grad_state.device)]
+    )
     at_end = Elements(live_grad[:, :2].transpose(0, 1), -final.exponent)
     terms = Elements(torch.stack([grad_numerator, grad_denominator]), scale.neg_())
     adjoint, at_start = scan(terms.flip(), w, problem.lengths.flip(0), at_end.flip())
