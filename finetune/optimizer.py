@@ -14,9 +14,7 @@ from torch import nn
 LEARNING_RATE_MULTIPLIERS = {"time_decay": 2.0, "time_first": 3.0}  # every other parameter: 1
 
 
-def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Every trainable parameter of `model` in exactly one group, largest group first.
 
     Returns:
@@ -33,11 +31,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[_group_of(name, parameter)].append(parameter)
-    return [
-        {"name": name, "params": members[name], **settings}
-        for name, settings in groups.items()
-        if members[name]
-    ]
+    return [{"name": name, "params": members[name], **settings} for name, settings in groups.items() if members[name]]
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

@@ -37,9 +37,7 @@ class TokenStream:
     offsets: np.ndarray
 
 
-def tokenize(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, start_every: int, name: str
-) -> TokenStream:
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, start_every: int, name: str) -> TokenStream:
     """Each document as `text <|endoftext|>`, with another `<|endoftext|>` before it sometimes.
 
     Args:

@@ -107,9 +107,7 @@ class PretrainingArguments(TrainingArguments):
     report_to: str = field(default="tensorboard", metadata={"help": "where curves go"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     eval_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch"})
-    include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "which tokens count as seen"}
-    )
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "which tokens count as seen"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide a NaN loss"})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows leak without position_ids"}
@@ -155,9 +153,7 @@ def run(
     """
     check(model_args, data_args, training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    documents, valid_documents = (
-        read_all(path) for path in (data_args.train_file, data_args.validation_file)
-    )
+    documents, valid_documents = (read_all(path) for path in (data_args.train_file, data_args.validation_file))
     output_dir = Path(training_args.output_dir)
     with training_args.main_process_first(desc="output_dir and tokenizer"):
         claim(output_dir, recipe(model_args, data_args, training_args))
@@ -235,9 +231,7 @@ def read_all(path: str) -> list[str]:
         raise Refusal(str(error)) from error
 
 
-def recipe(
-    model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
-) -> dict[str, Any]:
+def recipe(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> dict[str, Any]:
     """Everything that decides the result: files by content, not by name."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
@@ -250,9 +244,7 @@ def recipe(
     }
 
 
-def get_tokenizer(
-    data_args: DataArguments, documents: list[str], folder: Path
-) -> PreTrainedTokenizerBase:
+def get_tokenizer(data_args: DataArguments, documents: list[str], folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that was named, or the one in `folder`, trained now if it is not there."""
     if data_args.tokenizer is None and not folder.exists():
         save_tokenizer(train_tokenizer(documents, data_args.vocab_size), folder)
@@ -311,9 +303,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
         else:
             values, defaults = asdict(group), field_defaults(group)
         settings |= {
-            key: value
-            for key, value in values.items()
-            if key not in PATHS and value != defaults.get(key, MISSING)
+            key: value for key, value in values.items() if key not in PATHS and value != defaults.get(key, MISSING)
         }
     return settings
 

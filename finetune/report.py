@@ -83,10 +83,7 @@ def cpu_name() -> str:
 
 def software() -> str:
     """Versions of what the result depends on."""
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def card_text(
