@@ -64,9 +64,7 @@ def wkv4(
     if backend == "auto":
         backend = choose_backend(key)
     elif backend not in BACKENDS:
-        raise ValueError(
-            f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}"
-        )
+        raise ValueError(f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
     if backend == "reference":
         return wkv4_reference(time_decay, time_first, key, value, state, cu_seqlens)
     if cu_seqlens is None and key.shape[1] == 1:
@@ -125,9 +123,7 @@ def empty_state(key: Tensor, sequences: int) -> Tensor:
     return state
 
 
-def _step(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, p: Tensor
-) -> tuple[Tensor, ...]:
+def _step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, ...]:
     """One stable step on (N, C): the output and the next ``a, b, p``, whose scale is a constant."""
     with torch.no_grad():
         q = torch.maximum(p, u + k)
@@ -181,9 +177,7 @@ def _wkv4_portable_backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return wkv4_portable.backward(
-        grad_output, grad_state, time_decay, time_first, key, value, state, cu_seqlens
-    )
+    return wkv4_portable.backward(grad_output, grad_state, time_decay, time_first, key, value, state, cu_seqlens)
 
 
 @_wkv4_portable.register_fake
@@ -219,20 +213,16 @@ def _check(
     if key.ndim != 3:
         raise ValueError(f"key has shape {tuple(key.shape)}: expected (batch, time, channels)")
     if key.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"key has dtype {key.dtype}: expected float16, bfloat16, float32 or float64"
-        )
+        raise ValueError(f"key has dtype {key.dtype}: expected float16, bfloat16, float32 or float64")
     batch, _, channels = key.shape
     if value.shape != key.shape or value.dtype != key.dtype:
         raise ValueError(
-            f"value is {value.dtype} {tuple(value.shape)}: "
-            f"expected the same as key, {key.dtype} {tuple(key.shape)}"
+            f"value is {value.dtype} {tuple(value.shape)}: expected the same as key, {key.dtype} {tuple(key.shape)}"
         )
     for name, vector in (("time_decay", time_decay), ("time_first", time_first)):
         if vector.shape != (channels,) or not vector.is_floating_point():
             raise ValueError(
-                f"{name} is {vector.dtype} {tuple(vector.shape)}: "
-                f"expected one float per channel, ({channels},)"
+                f"{name} is {vector.dtype} {tuple(vector.shape)}: expected one float per channel, ({channels},)"
             )
     sequences = batch
     if cu_seqlens is not None:
@@ -252,36 +242,24 @@ def _check(
         ("state", state),
     ):
         if tensor is not None and tensor.device != key.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but key is on {key.device}: move them together"
-            )
+            raise ValueError(f"{name} is on {tensor.device} but key is on {key.device}: move them together")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, key: Tensor) -> None:
     if key.shape[0] != 1:
         raise ValueError(
-            f"key has batch size {key.shape[0]}: with cu_seqlens, "
-            "lay the sequences end to end in batch 1"
+            f"key has batch size {key.shape[0]}: with cu_seqlens, lay the sequences end to end in batch 1"
         )
-    if (
-        cu_seqlens.ndim != 1
-        or cu_seqlens.shape[0] < 2
-        or cu_seqlens.dtype not in (torch.int32, torch.int64)
-    ):
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
-            "expected int32 or int64, (sequences + 1,)"
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected int32 or int64, (sequences + 1,)"
         )
 
 
 def _check_bounds(cu_seqlens: Tensor, key: Tensor) -> None:
     """Look at the values, where an implementation runs: fake tensors and graphs have none."""
     bounds = cu_seqlens.tolist()
-    if (
-        bounds[0] != 0
-        or bounds[-1] != key.shape[1]
-        or any(a > b for a, b in itertools.pairwise(bounds))
-    ):
+    if bounds[0] != 0 or bounds[-1] != key.shape[1] or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(
             f"cu_seqlens runs {bounds[:3]} ... {bounds[-1]}: expected to start at 0, "
             f"never to decrease, and to end at the number of tokens, {key.shape[1]}"

@@ -61,9 +61,7 @@ class Groups:
         if not self.regular:
             ends = lengths.cumsum(0).repeat_interleave(self.counts)
             rank = torch.arange(self.size) - first.repeat_interleave(self.counts)
-            begins = (lengths.cumsum(0) - lengths).repeat_interleave(
-                self.counts
-            ) + rank * self.steps
+            begins = (lengths.cumsum(0) - lengths).repeat_interleave(self.counts) + rank * self.steps
             token = begins + torch.arange(self.steps)[:, None]
             used = (token < ends).flatten().nonzero()[:, 0]
             slot = torch.empty_like(used)
@@ -86,9 +84,7 @@ class Groups:
         return x.flatten(-3, -2)[..., self.slot, :]
 
 
-def scan(
-    terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements
-) -> tuple[Elements, Elements]:
+def scan(terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements) -> tuple[Elements, Elements]:
     """The state before every term and after each sequence: ``state = e^decay state + term``.
 
     Args:
@@ -113,9 +109,7 @@ def scan(
         torch.maximum(old, term, out=new)
         torch.mul(pair[:, t], old.sub_(new).exp_(), out=pair[:, t + 1])
         pair[:, t + 1].addcmul_(terms.pair[:, t], (term - new).exp_())
-    final = Elements(
-        pair[:, groups.steps_of_last, groups.last], exponent[groups.steps_of_last, groups.last]
-    )
+    final = Elements(pair[:, groups.steps_of_last, groups.last], exponent[groups.steps_of_last, groups.last])
     return Elements(groups.unfold(pair[:, :-1]), groups.unfold(exponent[:-1])), final
 
 
@@ -164,9 +158,7 @@ class Problem:
         cu_seqlens: Tensor | None,
     ) -> "Problem":
         batch, time, channels = key.shape
-        lengths = (
-            torch.full((batch,), time) if cu_seqlens is None else cu_seqlens.cpu().long().diff()
-        )
+        lengths = torch.full((batch,), time) if cu_seqlens is None else cu_seqlens.cpu().long().diff()
         live = None
         if not lengths.all():
             live = lengths.nonzero()[:, 0]
@@ -253,9 +245,7 @@ def backward(
     grad_numerator = grad_output.reshape(k.shape) / denominator
     grad_denominator = grad_numerator * (numerator / denominator).neg_()
 
-    live_grad = (
-        grad_state if problem.live is None else grad_state[problem.live.to(grad_state.device)]
-    )
+    live_grad = grad_state if problem.live is None else grad_state[problem.live.to(grad_state.device)]
     at_end = Elements(live_grad[:, :2].transpose(0, 1), -final.exponent)
     terms = Elements(torch.stack([grad_numerator, grad_denominator]), scale.neg_())
     adjoint, at_start = scan(terms.flip(), w, problem.lengths.flip(0), at_end.flip())

@@ -1,0 +1,21 @@
+"""RWKV for the Hugging Face ecosystem. Importing this package makes the Auto classes of transformers use it."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.modeling_rwkv import RwkvForCausalLM, RwkvModel
+
+__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "demo_model_path"]
+
+
+def demo_model_path() -> Path:
+    """The folder of the small RWKV-4 that comes with this package: load it like any checkpoint."""
+    return Path(__file__).parent / "demo"
+
+
+AutoConfig.register(RwkvConfig.model_type, RwkvConfig, exist_ok=True)
+AutoModel.register(RwkvConfig, RwkvModel, exist_ok=True)
+AutoModelForCausalLM.register(RwkvConfig, RwkvForCausalLM, exist_ok=True)

@@ -1,0 +1,216 @@
+"""The recurrent state of an RWKV as a `transformers` cache: constant size, however long the text.
+
+Symbols: B rows of the batch, C channels of the residual stream, A channels of the WKV operator.
+"""
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+_FORMAT = "rwkv-4-cache"
+_HASH_FACTOR = 6364136223846793005  # Knuth's MMIX multiplier: odd, so that powers of it never vanish
+
+
+class LayerState(NamedTuple):
+    """What one block remembers.
+
+    time_mix: (B, C), the last input of time mixing; channel_mix: (B, C), the last input of channel mixing, both in
+    the dtype of the model; wkv: (B, 3, A) float32 (float64 in a float64 model), see `rwkv_kernels.wkv4`.
+    """
+
+    time_mix: Tensor
+    channel_mix: Tensor
+    wkv: Tensor
+
+
+class RwkvCache(Cache):
+    """The state after the tokens read so far: one :class:`LayerState` per block, none before the first token.
+
+    It is passed and returned as ``past_key_values``. A forward pass under ``torch.no_grad()`` updates the cache that
+    it was given, like any cache of transformers; a forward pass that records gradients returns a new one and leaves
+    the given one as it was. ``clone()`` keeps a state to come back to: reading cannot be undone.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding: list[bool] = []
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.layers: list[LayerState] = []
+        self.seen_tokens = 0
+        self.fingerprint: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"RwkvCache(layers={len(self.layers)}, batch_size={self.batch_size}, seen_tokens={self.seen_tokens})"
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, or -1 before the first token."""
+        return self.layers[0].wkv.shape[0] if self.layers else -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions read so far, padding included."""
+        return self.seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: a recurrent state has no maximal length."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def advance(
+        self, layers: list[LayerState], tokens: int, input_ids: Tensor | None, valid: Tensor | None
+    ) -> "RwkvCache":
+        """The cache after one more pass over ``tokens`` positions: itself without autograd, a new one with it.
+
+        input_ids: (B, tokens) or None where only embeddings are known; valid: (B, tokens) bool, None for all.
+        """
+        cache = RwkvCache() if torch.is_grad_enabled() else self
+        cache.fingerprint = _fingerprint(self.fingerprint, input_ids, valid) if input_ids is not None else None
+        cache.seen_tokens, cache.layers = self.seen_tokens + tokens, layers
+        return cache
+
+    def has_read(self, input_ids: Tensor, valid: Tensor | None = None) -> bool:
+        """Whether ``input_ids`` (B, T) are, in every row, exactly the tokens read so far (up to a hash collision)."""
+        if self.fingerprint is None or input_ids.shape != (self.batch_size, self.seen_tokens):
+            return False
+        return torch.equal(_fingerprint(None, input_ids, valid).to(self.fingerprint.device), self.fingerprint)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("an RwkvCache holds no keys and values: give it to an RWKV model as past_key_values")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "an RWKV cannot forget its last tokens, so its cache cannot be cropped: "
+            "keep a clone() from before them and continue from that"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Nothing to record: a recurrent state cannot be rolled back."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = []
+        self.seen_tokens = 0
+        self.fingerprint = None
+
+    def _apply(self, change: Any) -> None:
+        self.layers = [LayerState(*map(change, layer)) for layer in self.layers]
+        if self.fingerprint is not None:
+            self.fingerprint = change(self.fingerprint)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row ``beam_idx[i]``: beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, (n,) int64 or (B,) bool, in that order."""
+        self._apply(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, copies side by side."""
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def clone(self) -> "RwkvCache":
+        """An independent copy, with gradients flowing through it."""
+        other = copy.copy(self)
+        other._apply(torch.clone)
+        return other
+
+    def detach(self) -> "RwkvCache":
+        """The same state without its history in autograd: the cut of truncated backpropagation through time."""
+        other = copy.copy(self)
+        other._apply(torch.detach)
+        return other
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RwkvCache":
+        """A copy on ``device`` and with token-shift inputs in ``dtype``; the WKV state keeps its own dtype."""
+        other = copy.copy(self)
+        other._apply(lambda x: x.to(device=device))
+        if dtype is not None:
+            other.layers = [LayerState(s.time_mix.to(dtype), s.channel_mix.to(dtype), s.wkv) for s in other.layers]
+        return other
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the state to a safetensors file, whole or not at all."""
+        if not self.layers:
+            raise ValueError("this RwkvCache is empty, there is nothing to save: run the model on some tokens first")
+        tensors = {
+            f"layers.{i}.{name}": tensor.detach().contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer._asdict().items()
+        }
+        if self.fingerprint is not None:
+            tensors["fingerprint"] = self.fingerprint
+        metadata = {
+            "format": _FORMAT,
+            "seen_tokens": str(self.seen_tokens),
+            "num_layers": str(len(self.layers)),
+        }
+        path = Path(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            temporary = Path(folder) / path.name
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "RwkvCache":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a saved RwkvCache.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file: give the path that RwkvCache.save() wrote")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is a safetensors file but not a saved RwkvCache")
+                cache = cls()
+                cache.seen_tokens = int(metadata["seen_tokens"])
+                cache.layers = [
+                    LayerState(*(file.get_tensor(f"layers.{i}.{name}") for name in LayerState._fields))
+                    for i in range(int(metadata["num_layers"]))
+                ]
+                if "fingerprint" in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                    cache.fingerprint = file.get_tensor("fingerprint")
+                return cache
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
+
+
+def _fingerprint(before: Tensor | None, input_ids: Tensor, valid: Tensor | None) -> Tensor:
+    """A rolling hash (B,) int64 of the valid tokens so far: ``h <- h * factor + id + 1``, modulo 2^64.
+
+    It tells `generate` whether the ids that it is given repeat what the cache has read or go on from there.
+    """
+    length = input_ids.shape[1]
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
+    count = valid.long().cumsum(1)
+    powers = torch.full((length + 1,), _HASH_FACTOR, device=input_ids.device)
+    powers[0] = 1
+    powers = powers.cumprod(0)
+    total = count[:, -1:]
+    new = (torch.where(valid, (input_ids + 1) * powers[total - count], 0)).sum(1)
+    return new if before is None else before.to(new.device) * powers[total[:, 0]] + new

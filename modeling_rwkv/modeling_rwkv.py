@@ -1,0 +1,411 @@
+"""RWKV-4 for transformers, in the words of the paper.
+
+Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048. Parameter names are those of the
+checkpoints on the Hugging Face Hub.
+
+Symbols: B batch, T positions, C hidden size, A attention hidden size, V vocabulary, N sequences.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from modeling_rwkv.cache import LayerState, RwkvCache
+from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.packing import Layout, arrange
+from rwkv_kernels.wkv4 import wkv4
+
+
+class RwkvTimeMix(nn.Module):
+    """Attention: receptance gates an exponentially decaying average of values, weighted by keys."""
+
+    def __init__(self, config: RwkvConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        hidden_size, attention_size = config.hidden_size, config.attention_hidden_size
+        self.time_decay = nn.Parameter(torch.empty(attention_size))
+        self.time_first = nn.Parameter(torch.empty(attention_size))
+        self.time_mix_key = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.time_mix_value = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.key = _linear(hidden_size, attention_size, init_gain=0)
+        self.value = _linear(hidden_size, attention_size)
+        self.receptance = _linear(hidden_size, attention_size, init_gain=0)
+        self.output = _linear(attention_size, hidden_size, init_gain=0)
+
+    def forward(
+        self, x: Tensor, layout: Layout, previous: Tensor | None, state: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C) to the same and the WKV state (N, 3, A); the output is multiplied by ``scale``."""
+        shifted = layout.shift(x, previous)
+        key = self.key(_mix(x, shifted, self.time_mix_key))
+        value = self.value(_mix(x, shifted, self.time_mix_value))
+        receptance = torch.sigmoid(self.receptance(_mix(x, shifted, self.time_mix_receptance)))
+        wkv, state = wkv4(self.time_decay, self.time_first, key, value, state, layout.cu_seqlens)
+        return self.output(_scaled(receptance * wkv, scale)), state
+
+
+class RwkvChannelMix(nn.Module):
+    """The feed-forward half: squared ReLU of the key, gated by receptance."""
+
+    def __init__(self, config: RwkvConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.time_mix_key = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.key = _linear(hidden_size, intermediate_size)
+        self.receptance = _linear(hidden_size, hidden_size, init_gain=0)
+        self.value = _linear(intermediate_size, hidden_size, init_gain=0)
+
+    def forward(self, x: Tensor, layout: Layout, previous: Tensor | None, scale: float) -> Tensor:
+        """x: (B, T, C) to the same; the output is multiplied by ``scale``."""
+        shifted = layout.shift(x, previous)
+        key = torch.relu(self.key(_mix(x, shifted, self.time_mix_key)))
+        receptance = torch.sigmoid(self.receptance(_mix(x, shifted, self.time_mix_receptance)))
+        return receptance * self.value(_scaled(key, scale) * key)
+
+
+class RwkvBlock(GradientCheckpointingLayer):
+    """Time mixing, then channel mixing, each after a layer norm and added to the residual stream."""
+
+    def __init__(self, config: RwkvConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.rescale_every = config.rescale_every
+        if layer_idx == 0:
+            self.pre_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attention = RwkvTimeMix(config, layer_idx)
+        self.feed_forward = RwkvChannelMix(config, layer_idx)
+
+    def halvings(self, dtype: torch.dtype) -> int:
+        """How often the residual stream has been halved on its way to this block, to stay in the range of float16."""
+        return self.layer_idx // self.rescale_every if dtype == torch.float16 and self.rescale_every > 0 else 0
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        time_mix: Tensor | None = None,
+        channel_mix: Tensor | None = None,
+        wkv: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x: (B, T, C), and the parts of a LayerState with N rows; returns the same four, after the last tokens."""
+        halvings = self.halvings(x.dtype)
+        scale = 0.5**halvings
+        if self.layer_idx == 0:
+            x = self.pre_ln(x)
+        elif halvings and self.layer_idx % self.rescale_every == 0:
+            x = x / 2
+        normed = self.ln1(x)
+        mixed, wkv = self.attention(normed, layout, time_mix, wkv, scale)
+        time_mix = layout.last(normed, time_mix)
+        x = x + mixed
+        normed = self.ln2(x)
+        x = x + self.feed_forward(normed, layout, channel_mix, scale)
+        return x, time_mix, layout.last(normed, channel_mix), wkv
+
+
+class RwkvPreTrainedModel(PreTrainedModel):
+    config_class = RwkvConfig
+    base_model_prefix = "rwkv"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["RwkvBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The initialisation of the paper, as its training code (RWKV-LM, v4neo) does it."""
+        if isinstance(module, RwkvTimeMix):
+            _init_time_mix(module, self.config.num_hidden_layers)
+        elif isinstance(module, RwkvChannelMix):
+            mix = _ramp(module.time_mix_key) ** (1 - module.layer_idx / self.config.num_hidden_layers)
+            init.copy_(module.time_mix_key, mix)
+            init.copy_(module.time_mix_receptance, mix)
+        elif isinstance(module, nn.Linear):
+            _init_linear(module)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1e-4, 1e-4)
+        else:
+            super()._init_weights(module)
+
+
+class RwkvModel(RwkvPreTrainedModel):
+    """Embeddings, blocks and the last layer norm."""
+
+    def __init__(self, config: RwkvConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(RwkvBlock(config, idx) for idx in range(config.num_hidden_layers))
+        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RwkvCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens, from nothing or from where ``past_key_values`` stopped.
+
+        Args:
+            input_ids: (B, T) int64; or
+            inputs_embeds: (B, T, C).
+            attention_mask: (B, T) or (B, past + T), 0 where padding; anywhere, in any number. Padding is not read:
+                a padded row gives what the row alone gives, and zeros at its padding.
+            position_ids: (B, T) or (1, T). Only their restarts matter: a new sequence begins where they do not rise.
+            past_key_values: the state to continue from, with B rows.
+            use_cache: return the state after the last token; by default as the config says, and not in training.
+            output_hidden_states: return the input of every block and the output, each (B, T, C).
+            cu_seq_lens_q, cu_seq_lens_k: (n + 1,) cumulative lengths of sequences packed into a batch of one row.
+            seq_idx: (B, T) number of the sequence that each token belongs to.
+
+        Raises:
+            ValueError: an argument that does not fit the others; names it.
+        """
+        if "state" in kwargs:
+            raise ValueError("state= is not an argument of this RWKV: pass and read past_key_values, an RwkvCache")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        rows, length, _ = inputs_embeds.shape
+        if length == 0:
+            raise ValueError("there are no tokens to read: give at least one per row")
+        cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+        layout, valid = arrange((rows, length), attention_mask, position_ids, cu_seq_lens, seq_idx)
+        past = RwkvCache() if past_key_values is None else self._checked(past_key_values, rows)
+
+        x = layout.pack(inputs_embeds)
+        layers: list[LayerState] = []
+        hidden_states: list[Tensor] = []
+        for idx, block in enumerate(self.blocks):
+            if output_hidden_states:
+                hidden_states.append(layout.unpack(x) * 2 ** block.halvings(x.dtype))
+            state = [layout.begin(part) for part in past.layers[idx]] if past.layers else []
+            x, *after = block(x, layout, *state)
+            if use_cache:
+                layers.append(LayerState(*map(layout.end, after)))
+        x = layout.unpack(self.ln_out(x))
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past.advance(layers, length, input_ids, valid) if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        )
+
+    def _checked(self, cache: RwkvCache, rows: int) -> RwkvCache:
+        """``cache``, if this model with a batch of ``rows`` can continue from it."""
+        if not isinstance(cache, RwkvCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: an RWKV continues from an RwkvCache, "
+                "as a call with use_cache=True returns it"
+            )
+        if not cache.layers:
+            return cache
+        sizes = len(cache.layers), cache.layers[0].time_mix.shape[-1], cache.layers[0].wkv.shape[-1]
+        expected = (
+            self.config.num_hidden_layers,
+            self.config.hidden_size,
+            self.config.attention_hidden_size,
+        )
+        if sizes != expected:
+            raise ValueError(
+                f"past_key_values comes from another model: its layers, hidden size and attention size are {sizes}, "
+                f"this model's are {expected}"
+            )
+        if cache.batch_size != rows:
+            raise ValueError(
+                f"past_key_values has {cache.batch_size} rows but the batch has {rows}: "
+                "use its batch_repeat_interleave() or batch_select_indices()"
+            )
+        return cache
+
+
+class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+    """RWKV with a language modelling head."""
+
+    _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}
+
+    def __init__(self, config: RwkvConfig) -> None:
+        super().__init__(config)
+        self.rwkv = RwkvModel(config)
+        self.head = _linear(config.hidden_size, config.vocab_size, init_gain=0.5)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.rwkv.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.rwkv.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RwkvCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of the next token; the arguments are those of :meth:`RwkvModel.forward`, and:
+
+        Args:
+            labels: (B, T) int64, the input ids, or -100 where a token does not count. They are shifted in here.
+            logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
+            kwargs: reach the loss, among them ``num_items_in_batch``, by which it is divided instead of its mean.
+        """
+        outputs = self.rwkv(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RwkvCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Continuing from a cache, `generate` takes the whole text so far or only what is new, whichever is given.
+
+        transformers assumes the whole text; here the cache knows whether the given ids begin with what it has read.
+        """
+        if is_first_iteration and past_key_values is not None and past_key_values.get_seq_length():
+            next_sequence_length = _unread(past_key_values, input_ids, attention_mask, inputs_embeds)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """How many of the last given positions ``cache`` has not read."""
+    seen = cache.get_seq_length()
+    given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+    if given <= seen or (attention_mask is not None and attention_mask.shape[1] > given):
+        return given
+    if inputs_embeds is not None:
+        return given - seen
+    mask = None if attention_mask is None else attention_mask[:, :seen] != 0
+    return given - seen if cache.has_read(input_ids[:, :seen], mask) else given
+
+
+def _mix(x: Tensor, shifted: Tensor, weight: Tensor) -> Tensor:
+    """``weight * x + (1 - weight) * shifted``: the interpolation between a token and the one before it."""
+    return torch.lerp(shifted, x, weight.to(x.dtype))
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
+
+
+def _linear(inputs: int, outputs: int, init_gain: float = 1.0) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.init_gain = init_gain  # type: ignore[assignment]
+    return linear
+
+
+def _ramp(like: Tensor) -> Tensor:
+    """i / C for every channel i, in the shape of ``like`` and float32."""
+    channels = like.numel()
+    return (torch.arange(channels, dtype=torch.float32, device=like.device) / channels).view(like.shape)
+
+
+def _init_time_mix(module: RwkvTimeMix, num_layers: int) -> None:
+    depth = module.layer_idx / max(num_layers - 1, 1)
+    shallowness = 1 - module.layer_idx / num_layers
+    channels = module.time_decay.numel()
+    channel = torch.arange(channels, dtype=torch.float32, device=module.time_decay.device)
+    init.copy_(module.time_decay, -5 + 8 * (channel / max(channels - 1, 1)) ** (0.7 + 1.3 * depth))
+    init.copy_(module.time_first, math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+    ramp = _ramp(module.time_mix_key)
+    init.copy_(module.time_mix_key, ramp**shallowness)
+    init.copy_(module.time_mix_value, ramp**shallowness + 0.3 * depth)
+    init.copy_(module.time_mix_receptance, ramp ** (0.5 * shallowness))
+
+
+def _init_linear(module: nn.Linear) -> None:
+    """Orthogonal, or zero where the module says so, computed in float32 whatever the dtype of the weights."""
+    gain = getattr(module, "init_gain", 1.0)
+    if gain == 0:
+        init.zeros_(module.weight)
+    elif not getattr(module.weight, "_is_hf_initialized", False):
+        outputs, inputs = module.weight.shape
+        weight = torch.empty_like(module.weight, dtype=torch.float32)
+        init.orthogonal_(weight, gain=gain * math.sqrt(max(1, outputs / inputs)))
+        init.copy_(module.weight, weight)
+    if module.bias is not None:
+        init.zeros_(module.bias)
