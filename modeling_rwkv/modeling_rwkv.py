@@ -79,17 +79,13 @@ class RwkvBlock(GradientCheckpointingLayer):
     def __init__(self, config: RwkvConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.rescale_every = config.rescale_every
+        self.config = config
         if layer_idx == 0:
             self.pre_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.ln1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.ln2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attention = RwkvTimeMix(config, layer_idx)
         self.feed_forward = RwkvChannelMix(config, layer_idx)
-
-    def halvings(self, dtype: torch.dtype) -> int:
-        """How often the residual stream has been halved on its way to this block, to stay in the range of float16."""
-        return self.layer_idx // self.rescale_every if dtype == torch.float16 and self.rescale_every > 0 else 0
 
     def forward(
         self,
@@ -100,18 +96,16 @@ class RwkvBlock(GradientCheckpointingLayer):
         wkv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: (B, T, C), and the parts of a LayerState with N rows; returns the same four, after the last tokens."""
-        halvings = self.halvings(x.dtype)
-        scale = 0.5**halvings
+        scale = _scale(self.config, self.layer_idx, x.dtype)
         if self.layer_idx == 0:
             x = self.pre_ln(x)
-        elif halvings and self.layer_idx % self.rescale_every == 0:
-            x = x / 2
         normed = self.ln1(x)
         mixed, wkv = self.attention(normed, layout, time_mix, wkv, scale)
         time_mix = layout.last(normed, time_mix)
         x = x + mixed
         normed = self.ln2(x)
         x = x + self.feed_forward(normed, layout, channel_mix, scale)
+        x = _scaled(x, _scale(self.config, self.layer_idx + 1, x.dtype) / scale)
         return x, time_mix, layout.last(normed, channel_mix), wkv
 
 
@@ -212,7 +206,7 @@ class RwkvModel(RwkvPreTrainedModel):
         hidden_states: list[Tensor] = []
         for idx, block in enumerate(self.blocks):
             if output_hidden_states:
-                hidden_states.append(layout.unpack(x) * 2 ** block.halvings(x.dtype))
+                hidden_states.append(layout.unpack(x) / _scale(self.config, idx, x.dtype))
             state = [layout.begin(part) for part in past.layers[idx]] if past.layers else []
             x, *after = block(x, layout, *state)
             if use_cache:
@@ -366,6 +360,11 @@ def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, 
 def _mix(x: Tensor, shifted: Tensor, weight: Tensor) -> Tensor:
     """``weight * x + (1 - weight) * shifted``: the interpolation between a token and the one before it."""
     return torch.lerp(shifted, x, weight.to(x.dtype))
+
+
+def _scale(config: RwkvConfig, layer_idx: int, dtype: torch.dtype) -> float:
+    """The power of two by which the residual stream before a block is scaled, to stay in the range of float16."""
+    return 0.5 ** (layer_idx // config.rescale_every) if dtype == torch.float16 and config.rescale_every > 0 else 1.0
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

@@ -66,9 +66,7 @@ def test_output_is_the_equations_of_the_paper(backend, time):
 @pytest.mark.parametrize("backend", FAST)
 def test_a_hundred_thousand_tokens(backend):
     x = case(100_000, backend, dtype=torch.float64, batch=1, channels=3)
-    x["time_decay"] = torch.tensor(
-        [-8.0, -3.0, 1.0], dtype=torch.float64, device=device_of(backend)
-    )
+    x["time_decay"] = torch.tensor([-8.0, -3.0, 1.0], dtype=torch.float64, device=device_of(backend))
     output, _ = wkv4(**x, backend=backend)
     agree(output.cpu(), naive(x), dtype=torch.float64)
 
@@ -228,9 +226,7 @@ def test_keys_may_jump_by_160(backend, high_first):
     key[:, 32:] = -80
     x["key"] = key if high_first else key.flip(1)
     output, state = wkv4(**x, backend=backend)
-    expected, expected_state = wkv4_reference(
-        **{n: t.double().cpu() for n, t in x.items() if t is not None}
-    )
+    expected, expected_state = wkv4_reference(**{n: t.double().cpu() for n, t in x.items() if t is not None})
     agree(output.double().cpu(), expected)
     agree(readout(state).double().cpu(), readout(expected_state))
 

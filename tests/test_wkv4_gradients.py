@@ -66,9 +66,7 @@ def channel_norm(x):
 @every_situation
 @pytest.mark.parametrize("time", TIMES)
 @dense_and_packed
-def test_errors_are_at_most_twice_those_of_the_sequential_reference(
-    backend, situation, time, packed
-):
+def test_errors_are_at_most_twice_those_of_the_sequential_reference(backend, situation, time, packed):
     """Against float64, of results and gradients.
 
     Measured once over the whole tensor (the length of the error over the length of the truth) and
@@ -137,9 +135,7 @@ def test_the_exponent_of_a_state_has_no_gradient(backend, time, packed):
 @precise
 @pytest.mark.parametrize("time", [1, 31, 129])
 @dense_and_packed
-def test_gradients_of_a_pack_and_a_batch_are_those_of_its_parts(
-    backend, situation, dtype, time, packed
-):
+def test_gradients_of_a_pack_and_a_batch_are_those_of_its_parts(backend, situation, dtype, time, packed):
     x = case(time, backend, situation, packed, dtype=dtype)
     _, _, together_grads = differentiate(x, runner(backend))
 

@@ -108,9 +108,7 @@ def test_what_backward_needs_does_not_grow_with_steps(backend, packed):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output, state = wkv4(**x, backend=backend)
         sizes.add(len(graph(output, state)))
-        fp32_rows = (
-            4 * time * 37 * len(x["key"]) // 16
-        )  # per-tile states, should a backend keep any
+        fp32_rows = 4 * time * 37 * len(x["key"]) // 16  # per-tile states, should a backend keep any
         known = sum(t.nbytes for t in (*x.values(), output, state) if t is not None)
         assert sum(kept.values()) <= known + fp32_rows
     assert len(sizes) == 1 and sizes.pop() <= 1 + len(DIFFERENTIABLE)

@@ -123,10 +123,7 @@ def make(
 def place(x: Tensor, layout: str) -> Tensor:
     """``x`` with other strides: cut out of a larger tensor that is NaN elsewhere, or transposed."""
     if layout == "sliced":
-        where = tuple(
-            slice(2, 2 + 2 * n, 2) if i == x.ndim - 1 else slice(1, 1 + n)
-            for i, n in enumerate(x.shape)
-        )
+        where = tuple(slice(2, 2 + 2 * n, 2) if i == x.ndim - 1 else slice(1, 1 + n) for i, n in enumerate(x.shape))
         larger = x.new_full([2 * n + 5 for n in x.shape], torch.nan)
         larger[where] = x
         return larger[where]
@@ -168,9 +165,7 @@ def alone(x: dict) -> list[dict]:
         cu = x["cu_seqlens"].tolist()
         tokens = [(slice(None), slice(a, b)) for a, b in itertools.pairwise(cu)]
     return [
-        x
-        | {"key": x["key"][at], "value": x["value"][at], "state": x["state"][n : n + 1]}
-        | {"cu_seqlens": None}
+        x | {"key": x["key"][at], "value": x["value"][at], "state": x["state"][n : n + 1]} | {"cu_seqlens": None}
         for n, at in enumerate(tokens)
     ]
 
@@ -208,9 +203,7 @@ def differentiate(x: dict, run) -> tuple[Tensor, Tensor, dict]:
     x = leaves(x)
     output, state = run(x)
     inputs = {name: x[name] for name in DIFFERENTIABLE}
-    grads = torch.autograd.grad(
-        [output, readout(state)], list(inputs.values()), list(cotangents(x))
-    )
+    grads = torch.autograd.grad([output, readout(state)], list(inputs.values()), list(cotangents(x)))
     return output.detach(), state.detach(), dict(zip(inputs, grads, strict=True))
 
 
@@ -219,9 +212,7 @@ def runner(backend: str):
 
 
 def in_double(x: dict) -> dict:
-    return {
-        name: v.double() if v is not None and v.is_floating_point() else v for name, v in x.items()
-    }
+    return {name: v.double() if v is not None and v.is_floating_point() else v for name, v in x.items()}
 
 
 @functools.cache
