@@ -34,7 +34,7 @@ tests: .venv/.dev ## run the tests
 	@echo "==> pytest"
 	@.venv/$(PYTEST)
 
-test-oldest: .venv-oldest/.package ## run the model's tests on the oldest supported transformers
+test-oldest: .venv-oldest/.package ## run the tests on the oldest supported transformers
 	@echo "==> pytest on the oldest supported transformers"
 	@.venv-oldest/$(PYTEST) --ignore=tests/test_house.py --ignore=tests/test_readme.py
 
@@ -64,7 +64,7 @@ clean: ## remove the environments and everything that was built
 .venv-oldest/.package: .venv-oldest/.python pyproject.toml constraints-oldest.txt
 	@echo "==> installing torch and the oldest supported transformers"
 	@.venv-oldest/$(INSTALL) -c constraints-oldest.txt torch
-	@.venv-oldest/$(INSTALL) -c constraints-oldest.txt --no-build-isolation -e '.[test]'
+	@.venv-oldest/$(INSTALL) -c constraints-oldest.txt --no-build-isolation -e '.[finetune,test]'
 	@touch $@
 
 .venv/.python .venv-oldest/.python:
