@@ -64,9 +64,7 @@ class Symbols:
         return cls(encode, len(tokenizer), tokenizer.eos_token_id, "token")
 
 
-def ngram_bits_per_byte(
-    train: list[str], documents: list[str], symbols: Symbols, order: int
-) -> dict[str, float]:
+def ngram_bits_per_byte(train: list[str], documents: list[str], symbols: Symbols, order: int) -> dict[str, float]:
     """One number per order 1 to `order`, each of a model trained at that order."""
     stream = [[*symbols.encode(text), symbols.end] for text in tqdm(train, desc="reading")]
     measured = [symbols.encode(text) for text in documents]

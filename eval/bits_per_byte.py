@@ -90,7 +90,7 @@ def measure(
 @torch.inference_mode()
 def document_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> float:
     """-log p(ids[1:] | ids[0]) in nats; ids: (T,) int64. Sums in float64, softmax in float32."""
-    nats = 0.0
+    nats = torch.zeros((), dtype=torch.float64, device=ids.device)
     cache = None
     inputs, targets = ids[:-1], ids[1:]
     for begin in range(0, len(inputs), chunk):

@@ -36,9 +36,7 @@ class Level:
         discounts = modified_discounts(counts)[np.minimum(counts, 3)]
         contexts, first = np.unique(keys // vocab_size, return_index=True)
         totals = np.add.reduceat(counts, first)
-        return cls(
-            keys, counts - discounts, contexts, totals, np.add.reduceat(discounts, first) / totals
-        )
+        return cls(keys, counts - discounts, contexts, totals, np.add.reduceat(discounts, first) / totals)
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ class NGram:
     start: int
 
     @classmethod
-    def train(
-        cls, documents: Iterable[Sequence[int]], order: int, vocab_size: int, start: int
-    ) -> "NGram":
+    def train(cls, documents: Iterable[Sequence[int]], order: int, vocab_size: int, start: int) -> "NGram":
         """Count n-grams of `documents`, each of which ends with whatever symbol ends it.
 
         Args:

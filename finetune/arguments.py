@@ -12,12 +12,13 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 class Refusal(Exception):
@@ -47,7 +48,8 @@ class ProgramParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One sentence instead of a screen of usage: there are more than a hundred options."""
-        self.exit(2, f"error: {message}\n")
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
     def _config_words(self, argv: list[str]) -> list[str]:
         """The config file as command-line words, so that both are read by the same rules."""
@@ -91,3 +93,21 @@ def _as_words(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}"]
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """The options of these dataclass instances that differ from their defaults, in JSON's types."""
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        if isinstance(group, TrainingArguments):  # its values change when it is created
+            values, defaults = group.to_dict(), type(group)(output_dir=".").to_dict()
+        else:
+            values, defaults = asdict(group), _defaults(group)
+        settings |= {k: v for k, v in values.items() if v != defaults.get(k, MISSING)}
+    return settings
+
+
+def _defaults(group: Any) -> dict[str, Any]:
+    factories = {f.name: f.default_factory for f in fields(group)}
+    made = {name: make() for name, make in factories.items() if make is not MISSING}
+    return {f.name: f.default for f in fields(group)} | made

@@ -24,11 +24,9 @@ output_dir/
     model/              the result: weights, tokenizer, README.md (model card), loss.png
 """
 
-import os
 import shlex
-import shutil
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +43,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_rwkv import RwkvConfig, RwkvForCausalLM
 from rwkv_eval.documents import byte_count, read_documents
-from rwkv_finetune.arguments import ProgramParser, Refusal
+from rwkv_finetune.arguments import ProgramParser, Refusal, settings_of
 from rwkv_finetune.packing import PackedRows, tokenize
-from rwkv_finetune.report import card_text, hardware, plot_loss, software
-from rwkv_finetune.run_folder import claim, complete_checkpoints, sha256, unfinished
+from rwkv_finetune.report import CardArguments, save_result
+from rwkv_finetune.run_folder import claim, complete_checkpoints, sha256
 from rwkv_finetune.tokenizer import SMALLEST_VOCABULARY, save_tokenizer, train_tokenizer
 from rwkv_finetune.trainer import RwkvTrainer, round_weights
 
@@ -85,18 +83,6 @@ class DataArguments:
 
 
 @dataclass
-class CardArguments:
-    """What the model card says that the run cannot know."""
-
-    model_name: str = field(default="rwkv-4", metadata={"help": "title of the card"})
-    license: str = field(default="apache-2.0", metadata={"help": "of the weights, a Hub id"})
-    language: list[str] = field(default_factory=lambda: ["en"], metadata={"help": "ISO 639-1"})
-    data_sources: list[str] = field(
-        default_factory=list, metadata={"help": "sources of the text, with their licences"}
-    )
-
-
-@dataclass
 class PretrainingArguments(TrainingArguments):
     """TrainingArguments with the paper's optimizer as default."""
 
@@ -116,6 +102,11 @@ class PretrainingArguments(TrainingArguments):
         default=1e-4, metadata={"help": "weight of the penalty on each position's largest logit"}
     )
 
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, bf16 is refused on a CPU
+        super().__post_init__()
+
 
 # With the files' contents and the model's shape, what decides the weights that come out.
 RECIPE = {
@@ -132,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         (ModelArguments, DataArguments, CardArguments, PretrainingArguments),
         description="Train an RWKV-4 from scratch on a text file.",
     )
-    arguments = parser.parse(argv)
+    model_args, data_args, card_args, training_args = parser.parse(argv)
+    command = shlex.join(["python", "-m", "rwkv_finetune.pretrain", *argv])
     try:
-        run(*arguments, argv=argv)
+        run(model_args, data_args, card_args, training_args, command)
     except (Refusal, FloatingPointError, OSError) as error:
         parser.error(str(error))
 
@@ -144,7 +136,7 @@ def run(
     data_args: DataArguments,
     card_args: CardArguments,
     training_args: PretrainingArguments,
-    argv: list[str],
+    command: str,
 ) -> None:
     """From checked arguments to a finished `output_dir`; see the top of this file.
 
@@ -197,10 +189,10 @@ def run(
     metrics = trainer.evaluate()
     trainer.save_state()
     if training_args.should_save:
-        facts = run_facts(trainer, train)
         settings = settings_of(model_args, data_args, card_args, training_args)
-        save_result(trainer, model_args, card_args, metrics, facts, settings, argv)
-        print(f"{output_dir / 'model'}: {metrics['eval_bits_per_byte']:.4f} bits per byte")
+        settings = {key: value for key, value in settings.items() if key not in PATHS}
+        folder = save_result(trainer, model_args.save_dtype, metrics, card_args, settings, command)
+        print(f"{folder}: {metrics['eval_bits_per_byte']:.4f} bits per byte")
 
 
 def check(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
@@ -273,82 +265,6 @@ def train_to_the_end(trainer: RwkvTrainer) -> None:
             trainer._load_from_checkpoint(start)
             return
     trainer.train(resume_from_checkpoint=start)
-
-
-def run_facts(trainer: RwkvTrainer, train: PackedRows) -> dict[str, str]:
-    """The training table of the model card."""
-    args, state = trainer.args, trainer.state
-    last = state.log_history[-1]
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {
-        "tokens seen": f"{last['num_input_tokens_seen']:,}, padding not counted",
-        "steps": f"{state.global_step:,} of {rows} rows x {train.block_size} tokens",
-        "epochs": f"{state.epoch:.2f}",
-        "training text": f"{len(train.tokens):,} tokens, {train.waste:.1%} of the rows is padding",
-        "wall time": f"{last['wall_seconds'] / 60:.1f} minutes",
-        "hardware": hardware(),
-        "software": software(),
-        "precision": f"weights and optimizer in float32, matrix products in {precision}",
-    }
-
-
-def settings_of(*arguments: Any) -> dict[str, Any]:
-    """The options that differ from their defaults, without the names of this machine's files."""
-    training_defaults = PretrainingArguments(output_dir=".").to_dict()
-    settings: dict[str, Any] = {}
-    for group in arguments:
-        if isinstance(group, PretrainingArguments):
-            values, defaults = group.to_dict(), training_defaults
-        else:
-            values, defaults = asdict(group), field_defaults(group)
-        settings |= {
-            key: value for key, value in values.items() if key not in PATHS and value != defaults.get(key, MISSING)
-        }
-    return settings
-
-
-def field_defaults(group: Any) -> dict[str, Any]:
-    """Of a dataclass instance: the default of each field that has one."""
-    factories = {f.name: f.default_factory for f in fields(group)}
-    made = {name: make() for name, make in factories.items() if make is not MISSING}
-    return {f.name: f.default for f in fields(group)} | made
-
-
-def save_result(
-    trainer: RwkvTrainer,
-    model_args: ModelArguments,
-    card_args: CardArguments,
-    metrics: dict[str, float],
-    facts: dict[str, str],
-    settings: dict[str, Any],
-    argv: list[str],
-) -> None:
-    """Write `output_dir/model`, all of it or nothing."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.to(getattr(torch, model_args.save_dtype))
-    folder = Path(trainer.args.output_dir) / "model"
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
-    model.save_pretrained(unfinished(folder))
-    trainer.processing_class.save_pretrained(unfinished(folder))
-    plot_loss(trainer.state.log_history, unfinished(folder) / "loss.png")
-    card = card_text(
-        name=card_args.model_name,
-        language=card_args.language,
-        license_id=card_args.license,
-        data_sources=card_args.data_sources,
-        config=model.config,
-        parameters=model.num_parameters(),
-        dtype=model_args.save_dtype,
-        block_size=trainer.train_dataset.block_size,
-        metrics=metrics,
-        facts=facts,
-        command=shlex.join(["python", "-m", "rwkv_finetune.pretrain", *argv]),
-        settings=settings,
-    )
-    (unfinished(folder) / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished(folder), folder)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+
+from rwkv_finetune.run_folder import unfinished
+from rwkv_finetune.trainer import RwkvTrainer
 
 CARD = """\
 ---
@@ -64,6 +69,18 @@ The same settings in full (for `--config`; every other one has its default):
 """
 
 
+@dataclass
+class CardArguments:
+    """What the model card says that the run cannot know."""
+
+    model_name: str = field(default="rwkv-4", metadata={"help": "title of the card"})
+    license: str = field(default="apache-2.0", metadata={"help": "of the weights, a Hub id"})
+    language: list[str] = field(default_factory=lambda: ["en"], metadata={"help": "ISO 639-1"})
+    data_sources: list[str] = field(
+        default_factory=list, metadata={"help": "sources of the text, with their licences"}
+    )
+
+
 def hardware() -> str:
     """The machine in words, as it names itself."""
     if torch.cuda.is_available():
@@ -86,28 +103,33 @@ def software() -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def card_text(
-    *,
-    name: str,
-    language: Sequence[str],
-    license_id: str,
-    data_sources: Sequence[str],
-    config: transformers.PreTrainedConfig,
-    parameters: int,
-    dtype: str,
-    block_size: int,
-    metrics: Mapping[str, float],
-    facts: Mapping[str, str],
-    command: str,
-    settings: Mapping[str, Any],
-) -> str:
-    """A model card with the front matter that the Hub reads; all numbers come from the caller.
+def run_facts(trainer: RwkvTrainer) -> dict[str, str]:
+    """The training table of the card: name to value."""
+    args, state, data = trainer.args, trainer.state, trainer.train_dataset
+    last = state.log_history[-1]
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "tokens seen": f"{last['num_input_tokens_seen']:,}, padding not counted",
+        "steps": f"{state.global_step:,} of {rows} rows x {data.block_size} tokens",
+        "epochs": f"{state.epoch:.2f}",
+        "training text": f"{len(data.tokens):,} tokens, {data.waste:.1%} of the rows is padding",
+        "wall time": f"{last['wall_seconds'] / 60:.1f} minutes",
+        "hardware": hardware(),
+        "software": software(),
+        "precision": f"weights and optimizer in float32, matrix products in {precision}",
+    }
 
-    Args:
-        metrics: `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` of the final weights.
-        facts: rows of the training table, name to value.
-        settings: the options of the run, as its `--config` file would give them.
-    """
+
+def card_text(
+    trainer: RwkvTrainer,
+    dtype: str,
+    metrics: Mapping[str, float],
+    card_args: CardArguments,
+    settings: Mapping[str, Any],
+    command: str,
+) -> str:
+    """A model card with the front matter that the Hub reads; for the arguments see `save_result`."""
     result = EvalResult(
         task_type="text-generation",
         dataset_type="text",
@@ -116,30 +138,31 @@ def card_text(
         metric_value=round(metrics["eval_bits_per_byte"], 4),
     )
     front_matter = ModelCardData(
-        language=list(language),
-        license=license_id,
+        language=card_args.language,
+        license=card_args.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["rwkv"],
-        model_name=name,
+        model_name=card_args.model_name,
         eval_results=[result],
     )
+    config = trainer.model.config
     return CARD.format(
         front_matter=front_matter.to_yaml().strip(),
-        name=name,
+        name=card_args.model_name,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
-        parameters=parameters,
+        parameters=trainer.model.num_parameters(),
         dtype=dtype,
-        block_size=block_size,
+        block_size=trainer.train_dataset.block_size,
         loss=metrics["eval_loss"],
         perplexity=metrics["eval_perplexity"],
         bits_per_byte=metrics["eval_bits_per_byte"],
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        facts="\n".join(f"| {key} | {value} |" for key, value in run_facts(trainer).items()),
         command=command,
         settings=yaml.safe_dump(dict(settings), sort_keys=False, width=96),
-        sources="\n".join(f"- {source}" for source in data_sources) or "Not stated.",
+        sources="\n".join(f"- {source}" for source in card_args.data_sources) or "Not stated.",
     )
 
 
@@ -158,3 +181,33 @@ def plot_loss(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def save_result(
+    trainer: RwkvTrainer,
+    dtype: str,
+    metrics: Mapping[str, float],
+    card_args: CardArguments,
+    settings: Mapping[str, Any],
+    command: str,
+) -> Path:
+    """Write `output_dir/model`, all of it or nothing: weights, tokenizer, card, curve.
+
+    Args:
+        dtype: of the weights in the file.
+        metrics: `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` of the final weights.
+        settings: the options of the run, as its `--config` file would give them.
+        command: what was typed.
+    """
+    folder = Path(trainer.args.output_dir) / "model"
+    new = unfinished(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.to(getattr(torch, dtype)).save_pretrained(new)
+    trainer.processing_class.save_pretrained(new)
+    plot_loss(trainer.state.log_history, new / "loss.png")
+    card = card_text(trainer, dtype, metrics, card_args, settings, command)
+    (new / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+    return folder

@@ -58,7 +58,7 @@ class RwkvTrainer(Trainer):
         self._earlier_seconds: float | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]  # the Trainer does the same
             model = self.model if model is None else model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = parameter_groups(model, self.args.learning_rate, self.args.weight_decay)
