@@ -162,7 +162,10 @@ def registered(backend, x):
 @dense_and_packed
 def test_opcheck(backend, time, layout, packed):
     lengths = (0, 1, 29, 1, 0) if packed and time == 31 else (0, 64, 1) if packed and time else ()
-    x = case(time, backend, layout=layout, channels=3, lengths=lengths)
+    dtype = torch.float32 if layout == "contiguous" else torch.bfloat16
+    x = case(time, backend, layout=layout, channels=3, lengths=lengths, dtype=dtype)
+    if layout == "transposed":
+        x["time_first"] = x["time_first"].half()
     op, arguments = registered(backend, leaves(x))
     torch.library.opcheck(op, arguments)
     if backend == "portable":
