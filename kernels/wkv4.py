@@ -47,7 +47,7 @@ def wkv4(
         state: (N, 3, C) float32 (float64 where ``key`` is): numerator ``a``, denominator ``b``,
             exponent ``p`` before the first step. A channel with ``b == 0`` has no history, so all
             zeros is the empty state, as is None.
-        cu_seqlens: (N + 1,) int32 or int64, with B = 1: sequence n is
+        cu_seqlens: (N + 1,) int32 or int64, on any device, with B = 1: sequence n is
             ``key[0, cu_seqlens[n]:cu_seqlens[n + 1]]``. Sequences may have no tokens; their state
             comes back as it was.
         backend: one of ``BACKENDS``, or "auto" (see :func:`choose_backend`).

@@ -14,6 +14,7 @@ numbers, so a sequence gives the same bits alone, in a batch and packed.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,7 +49,10 @@ class Elements:
 
 
 class Groups:
-    """How sequences of ``lengths`` > 0 tokens, laid end to end, are cut into groups of a SPAN."""
+    """How sequences of ``lengths`` > 0 tokens, laid end to end, are cut into groups of a SPAN.
+
+    ``Groups.of`` remembers: all layers of a model ask for the same.
+    """
 
     def __init__(self, lengths: Tensor, device: torch.device) -> None:
         self.steps = min(SPAN, int(lengths.max()))
@@ -68,6 +72,10 @@ class Groups:
             slot[token.flatten()[used]] = used
             self.token, self.slot = token.minimum(ends - 1).to(device), slot.to(device)
 
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device) -> "Groups":
+        return _groups(tuple(lengths.tolist()), SPAN, device)
+
     def fold(self, x: Tensor) -> Tensor:
         """(..., M, C) as (..., S, G, C): one slice is one step of all groups.
 
@@ -84,6 +92,11 @@ class Groups:
         return x.flatten(-3, -2)[..., self.slot, :]
 
 
+@lru_cache(maxsize=32)
+def _groups(lengths: tuple[int, ...], span: int, device: torch.device) -> Groups:
+    return Groups(torch.tensor(lengths), device)
+
+
 def scan(terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements) -> tuple[Elements, Elements]:
     """The state before every term and after each sequence: ``state = e^decay state + term``.
 
@@ -96,7 +109,7 @@ def scan(terms: Elements, decay: Tensor, lengths: Tensor, initial: Elements) -> 
     Returns:
         states in the shapes of ``terms`` and of ``initial``.
     """
-    groups = Groups(lengths, terms.exponent.device)
+    groups = Groups.of(lengths, terms.exponent.device)
     terms = Elements(groups.fold(terms.pair), groups.fold(terms.exponent))
     start = initial
     if groups.size > len(lengths):

@@ -47,9 +47,9 @@ class Packed:
     """Tensors are (1, M, C): the valid tokens of all rows end to end; states are (N, ...).
 
     token: (M,) where in the flattened (B * T) positions each token is; shape: (B, T).
-    cu_seqlens: (N + 1,) int64, where sequences begin. A row without valid tokens has one sequence of no tokens.
+    cu_seqlens: (N + 1,) int64 on the CPU, where sequences begin. A row without valid tokens has one sequence of none.
     row: (N,) the row of each sequence; opens: (N,) bool, it is the first of its row; closing: (B,) the last of a row.
-    filled: (F,) the sequences that have tokens.
+    filled: (F,) the sequences that have tokens; first, final: (F,) their first and last tokens.
     """
 
     token: Tensor
@@ -59,10 +59,12 @@ class Packed:
     opens: Tensor
     closing: Tensor
     filled: Tensor
+    first: Tensor
+    final: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
         """On another device: blocks may live on several."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shape"}
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("shape", "cu_seqlens")}
         return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in moved.items()})
 
     def pack(self, x: Tensor) -> Tensor:
@@ -85,14 +87,13 @@ class Packed:
 
     def shift(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """The token shift, (1, M, C): ``previous`` (N, C), or zeros, before the first token of each sequence."""
-        first = self.cu_seqlens[self.filled]
-        before = x.new_zeros(len(first), x.shape[-1]) if previous is None else previous[self.filled]
+        before = x.new_zeros(len(self.first), x.shape[-1]) if previous is None else previous[self.filled]
         before = before.to(x.dtype)
-        return x.roll(1, dims=1).index_copy(1, first, before[None])
+        return x.roll(1, dims=1).index_copy(1, self.first, before[None])
 
     def last(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """The last token of every sequence (N, C); ``previous``, or zeros, where there is none."""
-        ends = x[0, self.cu_seqlens[self.filled + 1] - 1]
+        ends = x[0, self.final]
         before = x.new_zeros(len(self.row), x.shape[-1]) if previous is None else previous
         return before.to(x.dtype).index_copy(0, self.filled, ends)
 
@@ -152,17 +153,20 @@ def _packed(shape: tuple[int, int], token: Tensor, row: Tensor, begins: Tensor) 
     without = first_token == torch.searchsorted(row, rows, right=True)
     begin = torch.cat([begins.nonzero()[:, 0], first_token[without]])
     sequence_row, order = torch.cat([row[begins], rows[without]]).sort(stable=True)
-    cu_seqlens = torch.cat([begin[order], begin.new_tensor([len(token)])])
+    bounds = torch.cat([begin[order], begin.new_tensor([len(token)])])
+    filled = bounds.diff().nonzero()[:, 0]
     opens = torch.ones_like(sequence_row, dtype=torch.bool)
     opens[1:] = sequence_row[1:] != sequence_row[:-1]
     return Packed(
         token=token,
         shape=shape,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=bounds.cpu(),
         row=sequence_row,
         opens=opens,
         closing=torch.searchsorted(sequence_row, rows, right=True) - 1,
-        filled=cu_seqlens.diff().nonzero()[:, 0],
+        filled=filled,
+        first=bounds[filled],
+        final=bounds[filled + 1] - 1,
     )
 
 
