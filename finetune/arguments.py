@@ -41,14 +41,14 @@ class ProgramParser(HfArgumentParser):
                 words, return_remaining_strings=True, look_for_args_file=False
             )
         except (Refusal, ValueError, TypeError) as error:
-            self.error(" ".join(str(error).split()))
+            self.error(str(error))
         if unknown:
             self.error(self._unknown(unknown[0].split("=")[0].lstrip("-"), "the command line"))
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
         """One sentence instead of a screen of usage: there are more than a hundred options."""
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", " ".join(message.split()), file=sys.stderr)
         raise SystemExit(2)
 
     def _config_words(self, argv: list[str]) -> list[str]:

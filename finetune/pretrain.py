@@ -147,12 +147,16 @@ def run(
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     documents, valid_documents = (read_all(path) for path in (data_args.train_file, data_args.validation_file))
     output_dir = Path(training_args.output_dir)
+    tokenizer = load_tokenizer(data_args.tokenizer) if data_args.tokenizer else None
     with training_args.main_process_first(desc="output_dir and tokenizer"):
         claim(output_dir, recipe(model_args, data_args, training_args))
-        tokenizer = get_tokenizer(data_args, documents, output_dir / "tokenizer")
+        if tokenizer is None:
+            if not (output_dir / "tokenizer").exists():
+                save_tokenizer(train_tokenizer(documents, data_args.vocab_size), output_dir / "tokenizer")
+            tokenizer = load_tokenizer(output_dir / "tokenizer")
 
     train, valid = (
-        PackedRows(tokenize(texts, tokenizer, every, name), data_args.block_size, pad_id(tokenizer))
+        PackedRows(tokenize(texts, tokenizer, every, name), data_args.block_size, tokenizer.pad_token_id)
         for texts, every, name in (
             (documents, data_args.start_every, "training text"),
             (valid_documents, 1, "validation text"),
@@ -236,21 +240,15 @@ def recipe(model_args: ModelArguments, data_args: DataArguments, args: Pretraini
     }
 
 
-def get_tokenizer(data_args: DataArguments, documents: list[str], folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that was named, or the one in `folder`, trained now if it is not there."""
-    if data_args.tokenizer is None and not folder.exists():
-        save_tokenizer(train_tokenizer(documents, data_args.vocab_size), folder)
-    name = data_args.tokenizer or folder
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that can end a document and pad a row."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise Refusal(f"no tokenizer can be loaded from {name}: {error}") from error
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+        raise Refusal(f"no tokenizer can be loaded from {name}; name a folder with tokenizer.json") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise Refusal("the tokenizer needs an end-of-text token and a padding token; give it both")
-    return tokenizer.pad_token_id
+        raise Refusal(f"the tokenizer in {name} needs an end-of-text and a padding token; give it both")
+    return tokenizer
 
 
 def train_to_the_end(trainer: RwkvTrainer) -> None:
