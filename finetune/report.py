@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import GenerationConfig
 
 from rwkv_finetune.run_folder import unfinished
 from rwkv_finetune.trainer import RwkvTrainer
@@ -202,9 +203,12 @@ def save_result(
     folder = Path(trainer.args.output_dir) / "model"
     new = unfinished(folder)
     shutil.rmtree(new, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.to(getattr(torch, dtype)).save_pretrained(new)
-    trainer.processing_class.save_pretrained(new)
+    tokenizer.save_pretrained(new)
     plot_loss(trainer.state.log_history, new / "loss.png")
     card = card_text(trainer, dtype, metrics, card_args, settings, command)
     (new / "README.md").write_text(card, encoding="utf-8")
