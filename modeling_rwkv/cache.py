@@ -196,7 +196,7 @@ class RwkvCache(Cache):
                 if "fingerprint" in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
                     cache.fingerprint = file.get_tensor("fingerprint")
                 return cache
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
 
 
