@@ -289,7 +289,8 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         """Logits (B, T, V) of the next token; the arguments are those of :meth:`RwkvModel.forward`, and:
 
         Args:
-            labels: (B, T) int64, the input ids, or -100 where a token does not count. They are shifted in here.
+            labels: (B, T) int64, the input ids, or -100 where a token does not count. They are shifted in here. What
+                follows padding does not count either: nothing that was read predicts it.
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
             kwargs: reach the loss, among them ``num_items_in_batch``, by which it is divided instead of its mean.
         """
@@ -310,6 +311,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         logits = self.head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            labels = _predicted(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -330,9 +332,12 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Continuing from a cache, `generate` takes the whole text so far or only what is new, whichever is given.
 
-        transformers assumes the whole text; here the cache knows whether the given ids begin with what it has read.
+        Without a mask over more than the given ids, by which transformers knows that they are new (and then gives no
+        ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
+        read.
         """
-        if is_first_iteration and past_key_values is not None and past_key_values.get_seq_length():
+        continuing = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if is_first_iteration and next_sequence_length is not None and continuing:
             next_sequence_length = _unread(past_key_values, input_ids, attention_mask, inputs_embeds)
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -355,6 +360,14 @@ def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, 
         return given - seen
     mask = None if attention_mask is None else attention_mask[:, :seen] != 0
     return given - seen if cache.has_read(input_ids[:, :seen], mask) else given
+
+
+def _predicted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``labels`` (B, T) without those of tokens after padding, such as the first of a row padded on the left."""
+    if attention_mask is None:
+        return labels
+    padding = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
+    return labels.masked_fill(nn.functional.pad(padding[:, :-1], (1, 0)).to(labels.device), -100)
 
 
 def _mix(x: Tensor, shifted: Tensor, weight: Tensor) -> Tensor:
