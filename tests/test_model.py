@@ -398,7 +398,7 @@ def test_scaling_is_not_seen_from_outside(every):
 
 
 def test_blocks_may_live_on_disk(tmp_path):
-    """With `device_map`, as where a model is larger than a device: the same bits, for padded batches and caches too."""
+    """With `device_map`, as where a model is larger than a device: the same bits, padded and with caches too."""
     model = make("narrow attention")
     model.save_pretrained(tmp_path / "model")
     device_map = {"rwkv.embeddings": "cpu", "rwkv.ln_out": "cpu", "head": "cpu"}
@@ -459,6 +459,21 @@ def test_gradients_of_the_compiled_model_are_those_of_the_model():
     expected = torch.autograd.grad(model(ids, labels=ids).loss, parameters)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     agree(torch.autograd.grad(compiled(ids, labels=ids).loss, parameters), expected)
+
+
+@torch.no_grad()
+def test_a_step_from_a_cache_compiles_whole():
+    torch._dynamo.reset()
+    model = make("wide attention")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = text(2, 12, 53)
+    whole = model(ids).logits
+    cache = model(ids[:, :9]).past_key_values
+    for t in range(9, 12):
+        output = compiled(ids[:, t : t + 1], past_key_values=cache)
+        cache = output.past_key_values
+        agree(output.logits[:, 0], whole[:, t])
+    assert cache.get_seq_length() == 12 and cache.has_read(ids)
 
 
 def test_a_base_model_takes_the_weights_of_the_whole(tmp_path):
