@@ -94,7 +94,9 @@ def compressed_bits_per_byte(train: bytes, text: bytes) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser([Arguments], description=__doc__.partition("\n")[0])
+    parser = HfArgumentParser(
+        [Arguments], prog="python -m rwkv_eval.baselines", description=__doc__.partition("\n")[0]
+    )
     (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
         train, documents = list(read_documents(args.train)), list(read_documents(args.file))

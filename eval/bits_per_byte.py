@@ -103,7 +103,9 @@ def document_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> floa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser([Arguments], description=__doc__.partition("\n")[0])
+    parser = HfArgumentParser(
+        [Arguments], prog="python -m rwkv_eval.bits_per_byte", description=__doc__.partition("\n")[0]
+    )
     (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
         documents = list(read_documents(args.file))

@@ -8,8 +8,9 @@
         --output_dir tiny/ --num_hidden_layers 2 --hidden_size 64 --vocab_size 512 \
         --block_size 128 --per_device_train_batch_size 8 --max_steps 200
 
-    # several GPUs
-    accelerate launch --num_processes 8 -m rwkv_finetune.pretrain --config finetune/demo.yaml ...
+    # several processes: the same losses for the same number of rows in a step
+    torchrun --nproc_per_node 8 -m rwkv_finetune.pretrain --config finetune/demo.yaml \
+        --per_device_train_batch_size 4 --train_file ...
 
 The files are UTF-8 text, documents separated by a line `<|endoftext|>`. Options are those below
 and all of `transformers.TrainingArguments`; `--config` reads them from YAML, the command line
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = ProgramParser(
         (ModelArguments, DataArguments, CardArguments, PretrainingArguments),
+        prog="python -m rwkv_finetune.pretrain",
         description="Train an RWKV-4 from scratch on a text file.",
     )
     model_args, data_args, card_args, training_args = parser.parse(argv)
@@ -162,7 +164,8 @@ def run(
             (valid_documents, 1, "validation text"),
         )
     )
-    print(
+    say = print if training_args.should_save else lambda text: None
+    say(
         f"{len(documents):,} documents, {len(train.tokens):,} tokens in {len(train):,} rows of "
         f"{data_args.block_size}, {train.waste:.1%} padding"
     )
@@ -188,7 +191,10 @@ def run(
         logit_penalty=training_args.logit_penalty,
         validation_bytes=byte_count(valid_documents),
     )
-    train_to_the_end(trainer)
+    start = training_args.resume_from_checkpoint or newest_checkpoint(output_dir)
+    if start:
+        say(f"continuing from {start}")
+    train_to_the_end(trainer, start)
     round_weights(trainer.model, getattr(torch, model_args.save_dtype))
     metrics = trainer.evaluate()
     trainer.save_state()
@@ -251,12 +257,15 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def train_to_the_end(trainer: RwkvTrainer) -> None:
-    """Train, from the newest complete checkpoint if there is one."""
-    checkpoints = complete_checkpoints(Path(trainer.args.output_dir))
-    start = trainer.args.resume_from_checkpoint or (str(checkpoints[-1]) if checkpoints else None)
+def newest_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that is complete."""
+    checkpoints = complete_checkpoints(output_dir)
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def train_to_the_end(trainer: RwkvTrainer, start: str | None) -> None:
+    """Train, from the checkpoint `start` if there is one."""
     if start:
-        print(f"continuing from {start}")
         state = TrainerState.load_from_json(str(Path(start) / TRAINER_STATE_NAME))
         if state.global_step >= state.max_steps:  # the Trainer would take one more step
             trainer.state = state

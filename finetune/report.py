@@ -177,7 +177,7 @@ def plot_loss(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
         points = [(e["num_input_tokens_seen"], e[key]) for e in log_history if key in e]
         if points:
             tokens, losses = zip(*points, strict=True)
-            axes.plot([t / 1e6 for t in tokens], losses, label=f"{label} ({losses[-1]:.3f})")
+            axes.plot([t / 1e6 for t in tokens], losses, marker=".", label=f"{label} ({losses[-1]:.3f})")
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -80,7 +80,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ProgramParser([TokenizerArguments], description=__doc__)
+    parser = ProgramParser(
+        [TokenizerArguments], prog="python -m rwkv_finetune.tokenizer", description=__doc__.partition("\n")[0]
+    )
     (args,) = parser.parse(argv)
     try:
         if Path(args.output_dir).exists():

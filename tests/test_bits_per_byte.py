@@ -15,8 +15,6 @@ from rwkv_eval import baselines, bits_per_byte
 from rwkv_eval.baselines import compressed_bits_per_byte, ngram_bits_per_byte
 from rwkv_eval.bits_per_byte import measure
 from rwkv_eval.ngram import NGram, modified_discounts
-
-pytest.importorskip("yaml")
 from rwkv_finetune.tokenizer import train_tokenizer
 
 DOCUMENTS = ["The cat sat on the mat.", "Ein Kätzchen saß da. 🐈", "a", "one two three four five six seven " * 9]
