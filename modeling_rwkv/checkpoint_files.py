@@ -302,9 +302,7 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, "No space left on device")
         staging.mkdir()
         yield staging / destination.name
-        if destination.is_dir():
-            destination.rmdir()
-        (staging / destination.name).rename(destination)
+        (staging / destination.name).rename(destination)  # takes the place of an empty folder
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(

@@ -25,7 +25,7 @@ def tokenizer_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
     data = file.read_bytes()
     try:
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing more precise
+    except ValueError as error:
         raise CheckpointError(f"{file} is not a tokenizer.json ({error}); save it again") from error
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > config.vocab_size:

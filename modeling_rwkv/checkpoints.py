@@ -283,7 +283,7 @@ def _match(tensors: Mapping[str, Any], side: Literal["pth", "hub"], source: Path
             f"{source} has a tensor {unknown[0]} that RWKV-4 does not know "
             f"({len(unknown)} in all); remove it, or give an unmodified RWKV-4 checkpoint"
         )
-    sizes: dict[str, int] = {}
+    sizes = {"1": 1}
     for name, shape in wanted.items():
         _check_tensor(name, tensors[name], shape, sizes, source)
     by_field = {field: sizes[symbol] for symbol, field in _SIZES.items()}
@@ -298,7 +298,7 @@ def _check_tensor(name: str, tensor: Any, shape: str, sizes: dict[str, int], sou
     symbols = shape.split()
     fits = tensor.ndim == len(symbols) and tensor.numel() > 0
     for symbol, size in zip(symbols, tensor.shape, strict=False):
-        fits = fits and size == (1 if symbol == "1" else sizes.setdefault(symbol, size))
+        fits = fits and size == sizes.setdefault(symbol, size)
     if not fits:
         expected = ", ".join(str(sizes.get(symbol, symbol)) for symbol in symbols)
         raise CheckpointError(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoint_cases import (
     SMALL,
+    Shape,
     blink_state,
     make_tokenizer,
     save,
@@ -234,6 +235,9 @@ def test_missing_source_is_refused(tmp_path: Path, alone: Path) -> None:
 def test_existing_destination_is_left_alone(tmp_path: Path, pair: tuple[Path, str]) -> None:
     source, name = pair
     (tmp_path / name).mkdir()
+    if source.is_dir():  # not even an empty folder can become a file
+        with pytest.raises(CheckpointError, match=f"{name} exists already"):
+            convert(source, tmp_path / name, progress=False)
     (tmp_path / name / "precious").write_text("data")
     with pytest.raises(CheckpointError, match=f"{name} exists already"):
         convert(source, tmp_path / name, progress=False)
@@ -346,14 +350,16 @@ def test_crash_leaves_nothing(
     assert seen, "crashed before anything was written"
 
 
-def test_failing_write_is_reported_as_such(alone: Path, pair: tuple[Path, str]) -> None:
+def test_failing_write_is_reported_as_such(tmp_path: Path, alone: Path) -> None:
     """The kernel itself stops the writing, in the middle of the weights."""
-    source, name = pair
+    source = save(tmp_path / "a.pth", blink_state(Shape(64, 64, 64, 256, 1)))
+    convert(source, tmp_path / "model", progress=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=f"{name} cannot be written.*File too large"):
-            convert(source, alone / name, progress=False)
+        for origin, name in ((source, "out"), (tmp_path / "model", "b.pth")):
+            with pytest.raises(CheckpointError, match=f"{name} cannot be written.*File too large"):
+                convert(origin, alone / name, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -401,7 +407,9 @@ def test_bad_tokenizer_is_refused(tmp_path: Path, alone: Path) -> None:
     source = save(tmp_path / "a.pth")
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    for path, words in (("bad.json", "not a tokenizer"), ("no.json", "exist"), ("empty", "exist")):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\x00")
+    cases = {"bad.json": "not a tokenizer", "bytes.json": "not a tokenizer", "no.json": "exist", "empty": "exist"}
+    for path, words in cases.items():
         with pytest.raises(CheckpointError, match=words):
             convert(source, alone / "out", tokenizer=tmp_path / path, progress=False)
     convert(source, tmp_path / "out", progress=False)

@@ -125,8 +125,9 @@ def test_shards_keep_to_the_limit_and_are_indexed(tmp_path: Path) -> None:
         assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= limit
 
 
-def test_tensors_in_safetensors_are_aligned(tmp_path: Path) -> None:
-    state = blink_state(Shape(3, 5, 2, 7, 1), torch.bfloat16)
+@pytest.mark.parametrize("vocab", [3, 13, 113, 1113])
+def test_tensors_in_safetensors_are_aligned(tmp_path: Path, vocab: int) -> None:
+    state = blink_state(Shape(vocab, 5, 2, 7, 1), torch.bfloat16)
     state["head.weight"] = state["head.weight"].double()
     convert(save(tmp_path / "a.pth", state), tmp_path / "out", progress=False)
     raw = (tmp_path / "out/model.safetensors").read_bytes()
