@@ -1,0 +1,93 @@
+"""Fair timing and memory, for every benchmark in this folder.
+
+Sides are timed in turn, not one after the other, so that whatever else the machine does meets all of them alike. Wall
+time is what a user waits for; CPU time, of all threads, is given beside it because other programs disturb it less.
+"""
+
+import datetime
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+
+MEMORY = (
+    "peak of resident memory while it runs, above what was resident before it, model loaded and warm: "
+    "a process of its own for each measurement, sampled every millisecond"
+)
+
+
+@dataclass
+class Seconds:
+    """One sample for each repeat, in the order of time."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    def summary(self) -> dict[str, dict[str, float | list[float]]]:
+        return {
+            clock: {"median": median(samples), "min": min(samples), "max": max(samples), "samples": samples}
+            for clock, samples in asdict(self).items()
+        }
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:
+    """Time every job ``repeats`` times, by turns, each turn beginning with another one. Warm them up before."""
+    seconds = {name: Seconds([], []) for name in jobs}
+    names = list(jobs)
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            jobs[name]()
+            seconds[name].wall.append(time.perf_counter() - wall)
+            seconds[name].cpu.append(time.process_time() - cpu)
+    return seconds
+
+
+def peak_memory(job: Callable[[], object], interval: float = 1e-3) -> int:
+    """Bytes by which resident memory rises while ``job`` runs: see ``MEMORY``."""
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    finished = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not finished.wait(interval):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        job()
+    finally:
+        finished.set()
+        sampler.join()
+    return max(peak, process.memory_info().rss) - before
+
+
+def environment(packages: list[str]) -> dict[str, object]:
+    """What the figures depend on besides the code: written beside them."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} {torch.backends.cpu.get_cpu_capability()}" if names else platform.processor()

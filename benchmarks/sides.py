@@ -1,0 +1,129 @@
+"""The RWKV-4 models that `model.py` compares, with the same random weights in each.
+
+A side does two jobs, or one of them: ``prefill(ids)`` gives all logits (B, T, V) without gradients; ``train(ids)``,
+one forward pass with labels and one backward pass, gives the gradients by name.
+"""
+
+import contextlib
+import gc
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import RwkvConfig as BuiltinConfig
+from transformers import RwkvForCausalLM as BuiltinRwkv
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_rwkv import RwkvConfig, RwkvForCausalLM
+from modeling_rwkv.checkpoints import folder_to_pth
+
+SHAPES = {  # layers, channels, vocabulary; of the Pile models, and one for tests
+    "169m": (12, 768, 50277),
+    "430m": (24, 1024, 50277),
+    "1b5": (24, 2048, 50277),
+    "tiny": (2, 64, 503),
+}
+
+
+class Transformers:
+    """A model class of transformers, and so this project's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def can(self, job: str) -> bool:
+        return True
+
+    def forget(self) -> None:
+        """Give back the memory of gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(input_ids=ids).logits
+
+    def train(self, ids: Tensor) -> dict[str, Tensor]:
+        self.model.train()
+        self.forget()
+        self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
+
+
+class Official:
+    """The `rwkv` package, which has no batches and no gradients."""
+
+    def __init__(self, path: Path, strategy: str) -> None:
+        os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": "0"}
+        from rwkv.model import RWKV  # reads the environment when it is imported
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = RWKV(str(path.with_suffix("")), strategy)
+
+    def can(self, job: str) -> bool:
+        return job == "prefill"
+
+    def forget(self) -> None:
+        """It keeps nothing."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        return torch.stack([self.model.forward(row.tolist(), None, full_output=True)[0] for row in ids])
+
+
+def ours(shape: str, seed: int) -> Transformers:
+    return Transformers(_random(RwkvForCausalLM, RwkvConfig, shape, seed))
+
+
+def builtin(shape: str, seed: int) -> Transformers:
+    return Transformers(_random(BuiltinRwkv, BuiltinConfig, shape, seed))
+
+
+def official(shape: str, seed: int) -> Official:
+    """It only reads a file, so this project writes one and converts it."""
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        ours(shape, seed).model.save_pretrained(Path(folder) / "model")
+        folder_to_pth(Path(folder) / "model", Path(folder) / "model.pth", progress=False)
+        gc.collect()
+        return Official(Path(folder) / "model.pth", "cpu fp32")
+
+
+SIDES = {"ours": ours, "built-in": builtin, "official": official}  # the first is what the others are compared with
+
+
+def _random(model_class: type, config_class: type, shape: str, seed: int) -> nn.Module:
+    """A model whose weights depend on nothing but ``shape`` and ``seed``.
+
+    ``rescale_every=0``: the built-in model would otherwise halve weights when it is evaluated, and double them when it
+    is trained, which is only of use in float16.
+    """
+    layers, channels, vocabulary = SHAPES[shape]
+    config = config_class(
+        num_hidden_layers=layers, hidden_size=channels, vocab_size=vocabulary, rescale_every=0, use_cache=False
+    )
+    with torch.device("meta"):
+        model = model_class(config)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            _fill(name, parameter, generator)
+    return model
+
+
+def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Numbers in the range of trained ones: no zeros, which would hide a mistake."""
+    kind = name.rpartition(".")[2]
+    if kind == "time_decay":
+        parameter.uniform_(-5, 3, generator=generator)
+    elif kind == "time_first":
+        parameter.uniform_(-1.5, 0.5, generator=generator)
+    elif kind.startswith("time_mix"):
+        parameter.uniform_(0, 1, generator=generator)
+    elif parameter.ndim == 1:
+        parameter.normal_(0 if kind == "bias" else 1, 0.1, generator=generator)
+    else:
+        parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
