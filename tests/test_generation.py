@@ -200,6 +200,20 @@ def test_continuing_needs_no_mask(model, length):
         same(model.generate(given, past_key_values=cache.clone(), **options)[:, -NEW:], expected)
 
 
+@pytest.mark.parametrize("length", [3, 40])
+def test_continuing_may_be_from_embeddings(model, length):
+    """The whole, or what is new where that is shorter than the past."""
+    whole = torch.cat([text(2, 7), text(2, length)], dim=1)
+    with torch.no_grad():
+        cache = model(whole[:, :7]).past_key_values
+        embeds = model.get_input_embeddings()(whole)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 60}
+    for given in (embeds, embeds[:, 7:])[: 2 if length < 7 else 1]:
+        mask = torch.ones(2, 7 + length)
+        output = model.generate(inputs_embeds=given, attention_mask=mask, past_key_values=cache.clone(), **options)
+        same(output, grow(model, whole))
+
+
 def test_the_same_prompt_may_be_said_again(model):
     """New ids that repeat what was read, and more: they are the whole text, unless a mask says that all are new."""
     ids = text(1, 7)
