@@ -207,6 +207,7 @@ def save_result(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    model.config.use_cache = True  # the Trainer had switched it off
     model.to(getattr(torch, dtype)).save_pretrained(new)
     tokenizer.save_pretrained(new)
     plot_loss(trainer.state.log_history, new / "loss.png")

@@ -17,7 +17,7 @@ import modeling_rwkv
 
 pytest.importorskip("datasets")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rwkv_eval.documents import read_documents
 from rwkv_finetune import pretrain
@@ -388,6 +388,7 @@ def test_the_result_loads_with_all_that_belongs_to_it(finished):
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 1)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert AutoConfig.from_pretrained(folder).use_cache
 
 
 def test_the_card_tells_the_truth(finished, texts):
