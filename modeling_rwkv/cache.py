@@ -90,10 +90,23 @@ class RwkvCache(Cache):
         return cache
 
     def has_read(self, input_ids: Tensor, valid: Tensor | None = None) -> bool:
-        """Whether ``input_ids`` (B, T) are, in every row, exactly the tokens read so far (up to a hash collision)."""
+        """Whether ``input_ids`` (B, T) are, in every row, exactly the tokens read so far (up to a hash collision).
+
+        valid: (B, T) bool, None for all.
+
+        Raises:
+            ValueError: they are in some rows and in others not, so that there is no telling what is meant.
+        """
         if self.fingerprint is None or input_ids.shape != (self.batch_size, self.seen_tokens):
             return False
-        return torch.equal(_fingerprint(None, input_ids, valid).to(self.fingerprint.device), self.fingerprint)
+        same = _fingerprint(None, input_ids, valid).to(self.fingerprint.device) == self.fingerprint
+        if same.any() and not same.all():
+            rows = (~same).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"past_key_values has read other tokens than the given ids begin with in rows {rows}, the same in the "
+                "rest (rows that ended early have read their padding): give only new ids, or no past_key_values"
+            )
+        return bool(same.all())
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("an RwkvCache holds no keys and values: give it to an RWKV model as past_key_values")
