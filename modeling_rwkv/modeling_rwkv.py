@@ -336,8 +336,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
         read.
         """
-        continuing = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if is_first_iteration and next_sequence_length is not None and continuing:
+        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
             next_sequence_length = _unread(past_key_values, input_ids, attention_mask, inputs_embeds)
         return super().prepare_inputs_for_generation(
             input_ids,

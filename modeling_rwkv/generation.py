@@ -1,0 +1,336 @@
+"""What `rwkv generate` does between parsing and printing: find a model, load it, write on.
+
+Everything that a person can get wrong is a :class:`GenerateError` of one sentence, with its cure.
+"""
+
+import json
+import pickle
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from modeling_rwkv import demo_model_path
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each perhaps in shards, with an index
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class GenerateError(ValueError):
+    """Why there is no text: what is wrong, which value, and the cure."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most likely one at temperature 0, else a draw that ``seed`` decides."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`; they overrule what the model's own generation_config.json says."""
+        alone = {"num_beams": 1, "num_return_sequences": 1}
+        if self.temperature == 0:
+            return alone | {"do_sample": False}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or 0}
+        return alone | chosen | {"do_sample": True}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A prompt and what came after it; ``seconds`` include reading the prompt."""
+
+    prompt: str
+    continuation: str
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    seed: int | None  # None: nothing was drawn
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        speed = {"seconds": round(self.seconds, 4), "tokens_per_second": round(self.tokens_per_second, 2)}
+        return asdict(self) | {"text": self.prompt + self.continuation} | speed
+
+
+class TextPieces(BaseStreamer):
+    """Gives ``write`` the text of every token as it comes, and never half a character.
+
+    Together the pieces are what decoding all tokens at once gives. Only the tokens since the last piece but one are
+    decoded: tokenizers may treat the beginning of a text in a special way, so no piece is decoded alone.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._begin = self._written = 0
+
+    def put(self, value: Tensor) -> None:
+        is_prompt = not self._ids
+        self._ids += value.flatten().tolist()
+        if is_prompt:
+            self._written = len(self._ids)
+        else:
+            self._write_on(is_end=False)
+
+    def end(self) -> None:
+        self._write_on(is_end=True)
+
+    def _write_on(self, is_end: bool) -> None:
+        before = _decode(self._tokenizer, self._ids[self._begin : self._written])
+        text = _decode(self._tokenizer, self._ids[self._begin :])
+        # A character of several tokens ends in U+FFFD until its last byte is there.
+        if len(text) > len(before) and (is_end or not text.endswith("\ufffd")):
+            self._begin, self._written = self._written, len(self._ids)
+            self._write(text[len(before) :])
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is CUDA where there is one.
+
+    Raises:
+        GenerateError: PyTorch does not know it, or does not see it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        there += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise GenerateError(
+            f"device is {name!r}, which PyTorch does not know: choose auto, {', '.join(there)}"
+        ) from error
+    if f"{device.type}:{device.index or 0}" not in (*there, "cpu:0"):
+        raise GenerateError(f"device is {name!r}, which PyTorch does not see here: choose auto, {', '.join(there)}")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The dtype that `--dtype` names; "auto" is float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises:
+        GenerateError: no such dtype.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise GenerateError(f"dtype is {name!r}: choose auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def load(name: str | None, device: torch.device, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """A model in eval mode and its tokenizer, from a folder, from the Hub, or (None) from this package.
+
+    Raises:
+        GenerateError: there is none, it is no RWKV, or a file of it is missing or damaged.
+    """
+    source = str(demo_model_path()) if name is None else name
+    path = Path(source)
+    if name is None and not path.is_dir():
+        raise GenerateError(f"the model in the box is missing ({source}): install this package again, or give --model")
+    if path.exists():
+        settings = _read_folder(path)
+    elif _HUB_ID.fullmatch(source):
+        settings = _read_hub(source)
+    else:
+        raise GenerateError(f"there is no folder {source}: give a model's folder or its name on the Hugging Face Hub")
+    if (model_type := settings.get("model_type")) != "rwkv":
+        raise GenerateError(f"{source} is a model of type {model_type!r}, not 'rwkv': give an RWKV-4 model")
+    if path.exists():
+        _check_files(path)
+    tokenizer = _load_tokenizer(source)
+    with _explained(device):
+        return _load_model(source, dtype).to(device).eval(), tokenizer
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """The config.json of a model's folder."""
+    if not path.is_dir():
+        convert = (
+            f"convert it first (rwkv convert {path} FOLDER)" if path.suffix == ".pth" else "give a model's folder"
+        )
+        raise GenerateError(f"{path} is not a folder: {convert}")
+    if not (path / "config.json").exists():
+        raise GenerateError(f"{path} has no config.json: give a folder that save_pretrained or rwkv convert wrote")
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GenerateError(f"{path / 'config.json'} is not JSON ({error}): get the file again") from error
+    if not isinstance(settings, dict):
+        raise GenerateError(f"{path / 'config.json'} holds no JSON object: get the file again")
+    return settings
+
+
+def _read_hub(source: str) -> dict[str, Any]:
+    """The config.json of a model on the Hub."""
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise GenerateError(
+            f"{source} is neither a folder nor a model that could be had from the Hugging Face Hub: "
+            "check the name, and the network (HF_HUB_OFFLINE=1 allows only what was downloaded before)"
+        ) from error
+    return settings
+
+
+def _check_files(path: Path) -> None:
+    """A folder has weights and a tokenizer; without these files transformers may make up empty ones."""
+    if not any((path / f"{name}{index}").exists() for name in _WEIGHTS for index in ("", ".index.json")):
+        raise GenerateError(f"{path} has no weights ({' or '.join(_WEIGHTS)}): get or save them too")
+    if not ((path / "tokenizer.json").exists() or any(path.glob("*vocab*"))):
+        raise GenerateError(f"{path} has no tokenizer.json: copy that of the model's training into it")
+
+
+def _load_tokenizer(source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise _unreadable("tokenizer", source, error) from error
+    except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
+        raise _unreadable("tokenizer", source, error) from error
+
+
+def _load_model(source: str, dtype: torch.dtype | str) -> Any:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except torch.OutOfMemoryError:  # a RuntimeError, but not for a damaged file
+        raise
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:  # what damaged bytes, or a config.json that says something else than the weights, lead to
+        raise _unreadable("weights", source, error) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random numbers in their place
+        raise GenerateError(
+            f"{source} has no tensor {missing[0]} ({len(missing)} are missing): get the whole checkpoint"
+        )
+    return model
+
+
+def _unreadable(part: str, source: str, error: Exception) -> GenerateError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return GenerateError(f"the {part} of {source} cannot be read ({error}): check the file and its permissions")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return GenerateError(f"the {part} of {source} cannot be loaded ({reason[:200]}): get the files again")
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampling: Sampling, write: Callable[[str], object]
+) -> Generated:
+    """Write ``prompt`` and then, as they come, the pieces of its continuation.
+
+    Raises:
+        GenerateError: the prompt has no tokens, or tokens that the model does not know.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = inputs["input_ids"]
+    if ids.numel() == 0:
+        raise GenerateError(f"the prompt {prompt!r} is nothing to this model's tokenizer: write something else")
+    if int(ids.max()) >= model.config.vocab_size:
+        raise GenerateError(
+            f"the tokenizer gives token {int(ids.max())} but the model knows {model.config.vocab_size} tokens: "
+            "put the tokenizer of the model's training beside its weights"
+        )
+    seed = sampling.seed
+    if sampling.temperature == 0:
+        seed = None
+    else:
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        torch.manual_seed(seed)
+    write(prompt)
+    pieces: list[str] = []
+
+    def write_piece(piece: str) -> None:
+        pieces.append(piece)
+        write(piece)
+
+    start = time.perf_counter()
+    with _explained(model.device):
+        output = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens,
+            streamer=TextPieces(tokenizer, write_piece),
+            **sampling.arguments(),
+        )
+    return Generated(
+        prompt=prompt,
+        continuation="".join(pieces),
+        prompt_tokens=ids.shape[1],
+        tokens=output.shape[1] - ids.shape[1],
+        seconds=time.perf_counter() - start,
+        seed=seed,
+    )
+
+
+@contextmanager
+def _explained(device: torch.device) -> Iterator[None]:
+    """Errors that have their cause in the size or the numbers of a model."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise GenerateError(
+            f"the model is too large for {device}: try --dtype bfloat16, or another --device"
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise GenerateError(
+            "the model's logits are not finite: try --dtype float32, or get the weights again"
+        ) from error
+
+
+@contextmanager
+def quiet(debug: bool = False) -> Iterator[None]:
+    """Without the bars and the advice of transformers, which are for programmers; downloads keep their bars."""
+    if debug:
+        yield
+        return
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_bars = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if hub_bars:
+        enable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
