@@ -3,7 +3,9 @@
 Everything that a person can get wrong is a :class:`GenerateError` of one sentence, with its cure.
 """
 
+import errno
 import json
+import os
 import pickle
 import re
 import secrets
@@ -199,7 +201,11 @@ def _read_hub(source: str) -> dict[str, Any]:
 
 
 def _check_files(path: Path) -> None:
-    """A folder has weights and a tokenizer; without these files transformers may make up empty ones."""
+    """A folder has weights and a tokenizer that may be read; transformers would say that they are not there, or make
+    up an empty tokenizer."""
+    for file in path.iterdir():
+        if file.suffix in (".json", ".safetensors", ".bin") and file.is_file() and not os.access(file, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
     if not any((path / f"{name}{index}").exists() for name in _WEIGHTS for index in ("", ".index.json")):
         raise GenerateError(f"{path} has no weights ({' or '.join(_WEIGHTS)}): get or save them too")
     if not ((path / "tokenizer.json").exists() or any(path.glob("*vocab*"))):
