@@ -102,6 +102,15 @@ def document_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> floa
     return float(nats)
 
 
+def _moved(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {device!r}, which PyTorch cannot use here: choose cpu or a device that it sees"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
         [Arguments], prog="python -m rwkv_eval.bits_per_byte", description=__doc__.partition("\n")[0]
@@ -111,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         documents = list(read_documents(args.file))
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-        model = model.eval().to(args.device)
+        model = _moved(model.eval(), args.device)
         bar = tqdm(documents, unit="document")
         result = measure(model, tokenizer, bar, args.chunk)
     except (ValueError, OSError) as error:

@@ -36,7 +36,8 @@ class RwkvCache(Cache):
 
     It is passed and returned as ``past_key_values``. A forward pass under ``torch.no_grad()`` updates the cache that
     it was given, like any cache of transformers; a forward pass that records gradients returns a new one and leaves
-    the given one as it was. ``clone()`` keeps a state to come back to: reading cannot be undone.
+    the given one as it was (one that was made under ``torch.inference_mode()`` can't be used there: PyTorch's rule).
+    ``clone()`` keeps a state to come back to: reading cannot be undone.
     """
 
     is_compileable = False
@@ -155,8 +156,12 @@ class RwkvCache(Cache):
         other._apply(torch.detach)
         return other
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RwkvCache":
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "RwkvCache":
         """A copy on ``device`` and with token-shift inputs in ``dtype``; the WKV state keeps its own dtype."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         other = copy.copy(self)
         other._apply(lambda x: x.to(device=device))
         if dtype is not None:

@@ -23,7 +23,7 @@ class RwkvConfig(PretrainedConfig):
         use_cache: return the recurrent state from ``forward`` outside training.
 
     Raises:
-        ValueError: a size that is not a positive whole number.
+        ValueError: a size that is not a positive whole number, or a ``rescale_every`` that is not a whole number.
     """
 
     model_type = "rwkv"
@@ -64,8 +64,10 @@ class RwkvConfig(PretrainedConfig):
         )
         for name in sizes:
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}: expected a positive whole number")
+        if type(rescale_every) is not int:
+            raise ValueError(f"rescale_every is {rescale_every!r}: expected a whole number, 0 for never")
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,

@@ -215,8 +215,6 @@ def _check_files(path: Path) -> None:
 def _load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        raise _unreadable("tokenizer", source, error) from error
     except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
         raise _unreadable("tokenizer", source, error) from error
 

@@ -15,12 +15,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.packing import Layout, arrange
 from rwkv_kernels.wkv4 import wkv4
+
+logger = logging.get_logger(__name__)
 
 
 class RwkvTimeMix(nn.Module):
@@ -241,7 +243,7 @@ class RwkvModel(RwkvPreTrainedModel):
         if cache.batch_size != rows:
             raise ValueError(
                 f"past_key_values has {cache.batch_size} rows but the batch has {rows}: "
-                "use its batch_repeat_interleave() or batch_select_indices()"
+                "use its batch_select_indices(), or batch_repeat_interleave(n) for n beams or sequences of each row"
             )
         return cache
 
@@ -289,10 +291,12 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         """Logits (B, T, V) of the next token; the arguments are those of :meth:`RwkvModel.forward`, and:
 
         Args:
-            labels: (B, T) int64, the input ids, or -100 where a token does not count. They are shifted in here. What
-                follows padding does not count either: nothing that was read predicts it.
+            labels: (B, T) int64, the input ids, or -100 where a token does not count. Every token is scored by the one
+                before it in its sequence, across padding too; the first of a sequence is not scored.
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
-            kwargs: reach the loss, among them ``num_items_in_batch``, by which it is divided instead of its mean.
+            kwargs: reach the loss, among them ``num_items_in_batch``, by which their sum is divided instead of their
+                number (the Trainer counts all labels but those of first columns, so first tokens after left padding
+                should be -100).
         """
         outputs = self.rwkv(
             input_ids=input_ids,
@@ -311,7 +315,12 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         logits = self.head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            labels = _predicted(labels, attention_mask)
+            if "shift_labels" not in kwargs:
+                cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+                layout, _ = arrange(
+                    (labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx
+                )
+                kwargs["shift_labels"] = layout.next_labels(labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -336,7 +345,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
         read.
         """
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
+        if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):
             next_sequence_length = _unread(past_key_values, input_ids, attention_mask, inputs_embeds)
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -353,20 +362,23 @@ def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, 
     """How many of the last given positions ``cache`` has not read."""
     seen = cache.get_seq_length()
     given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-    if given <= seen or (attention_mask is not None and attention_mask.shape[1] > given):
+    if seen == 0 or given < seen or (attention_mask is not None and attention_mask.shape[1] > given):
         return given
     if inputs_embeds is not None:
-        return given - seen
+        return given - seen if given > seen else given
     mask = None if attention_mask is None else attention_mask[:, :seen] != 0
-    return given - seen if cache.has_read(input_ids[:, :seen], mask) else given
-
-
-def _predicted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """``labels`` (B, T) without those of tokens after padding, such as the first of a row padded on the left."""
-    if attention_mask is None:
-        return labels
-    padding = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
-    return labels.masked_fill(nn.functional.pad(padding[:, :-1], (1, 0)).to(labels.device), -100)
+    repeats = cache.has_read(input_ids[:, :seen], mask)
+    if repeats and given == seen:
+        raise ValueError(
+            f"past_key_values has already read all {given} given ids: give the text with at least one new token, "
+            f"or, if they come once more, an attention_mask over all {seen + given} positions"
+        )
+    if not repeats and given > seen:
+        logger.warning_once(
+            "The given ids do not begin with what past_key_values has read, so all of them are read as new text. If "
+            "that is meant, an attention_mask over past and new positions says so."
+        )
+    return given - seen if repeats else given
 
 
 def _mix(x: Tensor, shifted: Tensor, weight: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORED = -100  # the label of a position that does not count, as in all of transformers
+
 
 class Rows:
     """Every row is one whole sequence: tensors are (B, T, C) and states (B, ...), nothing is moved."""
@@ -38,8 +40,12 @@ class Rows:
         return torch.cat([previous.to(x.dtype)[:, None], x[:, :-1]], dim=1)
 
     def last(self, x: Tensor, previous: Tensor | None) -> Tensor:
-        """The last token of every sequence, (B, C)."""
-        return x[:, -1]
+        """The last token of every sequence, (B, C); a copy, so that keeping it does not keep all of ``x``."""
+        return x[:, -1].clone()
+
+    def next_labels(self, labels: Tensor) -> Tensor:
+        """For every position the label that follows it in its sequence, (B, T); IGNORED where there is none."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,12 @@ class Packed:
         before = x.new_zeros(len(self.row), x.shape[-1]) if previous is None else previous
         return before.to(x.dtype).index_copy(0, self.filled, ends)
 
+    def next_labels(self, labels: Tensor) -> Tensor:
+        """For every position the label that follows it in its sequence, (B, T); IGNORED where there is none."""
+        token = self.token.to(labels.device)
+        following = labels.flatten()[token].roll(-1).index_fill(0, self.final.to(labels.device), IGNORED)
+        return torch.full_like(labels, IGNORED).flatten().index_copy(0, token, following).view(self.shape)
+
 
 Layout = Rows | Packed
 
@@ -112,7 +124,7 @@ def arrange(
 
     Args:
         attention_mask: (B, >= T), nonzero where valid; of a longer mask (past and new tokens) the end counts.
-        position_ids: (B or 1, T); a sequence begins where they do not increase.
+        position_ids: (B or 1, T); a sequence begins where they do not increase from one valid token to the next.
         cu_seq_lens: (n + 1,), cumulative lengths over the positions of a batch of one row.
         seq_idx: (B, T); a sequence begins where it changes.
 

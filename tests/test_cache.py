@@ -376,3 +376,15 @@ def test_what_is_not_an_rwkv_cache_is_refused():
             make()(text(1, 4), past_key_values=other)
     with pytest.raises(ValueError, match="past_key_values"):
         make()(text(1, 4), state=[torch.zeros(1)])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cache_holds_nothing_but_the_state(masked):
+    """A view of the last token would keep the activations of the whole text alive."""
+    ids = text(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 1 - int(masked)
+    with torch.no_grad():
+        cache = make()(ids, attention_mask=mask).past_key_values
+    for tensor in (tensor for layer in cache.layers for tensor in layer):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes

@@ -6,6 +6,7 @@ from models import agree, make, padded, same, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
@@ -298,3 +299,19 @@ def test_a_pipeline_with_a_batch_gives_what_single_prompts_give(model, tokenizer
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         whole = torch.cat([ids, grow(model, ids)], dim=1)[0]
         assert result["generated_text"] == tokenizer.decode(whole, skip_special_tokens=True)
+
+
+def test_nothing_new_is_refused(model):
+    """What a cache has read leaves nothing to predict from; said to come again, it does."""
+    ids = text(2, 6)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="already read all 6 given ids"):
+        grow(model, ids, past_key_values=cache.clone())
+    twice = torch.cat([ids, ids], dim=1)
+    same(grow(model, ids, torch.ones_like(twice), past_key_values=cache.clone()), grow(model, twice))
+
+
+def test_another_kind_of_cache_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="DynamicCache"):
+        grow(model, text(1, 4), past_key_values=DynamicCache())

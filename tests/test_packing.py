@@ -252,3 +252,26 @@ def test_no_tokens_are_refused():
         make()()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         make()(text(1, 2), inputs_embeds=torch.zeros(1, 2, 24))
+
+
+@pytest.mark.parametrize("mask", ["left", "right", "holes", "none"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed rows"])
+def test_the_loss_is_that_of_each_sequence_alone(mask, packed):
+    """With labels equal to the ids: no first token is scored, and a token behind padding is, by the one before it."""
+    model = make()
+    mask = torch.tensor(MASKS[mask])
+    ids = text(3, 7)
+    valid = mask.bool()
+    restarts = torch.tensor([[0, 1, 2, 3, 0, 1, 2]]).expand(3, 7)
+    second = torch.arange(7) >= 4
+    parts = [valid & ~second, valid & second] if packed else [valid]
+    labels = ids.masked_fill(~valid, -100)
+    output = model(
+        ids, attention_mask=mask, position_ids=restarts if packed else None, labels=labels, num_items_in_batch=1
+    )
+    alone = 0.0
+    for part in parts:
+        for row, kept in zip(ids, part, strict=True):
+            if kept.sum() > 1:
+                alone += model(row[kept][None], labels=row[kept][None], num_items_in_batch=1).loss
+    agree(output.loss, alone)
