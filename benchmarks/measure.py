@@ -7,6 +7,7 @@ time is what a user waits for; CPU time, of all threads, is given beside it beca
 import datetime
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,9 +20,10 @@ import psutil
 import torch
 
 MEMORY = (
-    "peak of resident memory while it runs, above what was resident before it, model loaded and warm: "
-    "a process of its own for each measurement, sampled every millisecond"
+    "resident memory above what was resident before, model loaded and warm, sampled every millisecond in a process of "
+    "its own; there glibc gives freed memory back at once, so that the peak is what is in use, not what it hoards"
 )
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # without it, peaks of one and the same model differ by a third
 
 
 @dataclass
@@ -38,11 +40,17 @@ class Seconds:
         }
 
 
+def progress(what: str) -> None:
+    """On stderr: stdout is for results."""
+    print(f"[{time.strftime('%X')}] {what}", file=sys.stderr, flush=True)
+
+
 def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:
     """Time every job ``repeats`` times, by turns, each turn beginning with another one. Warm them up before."""
     seconds = {name: Seconds([], []) for name in jobs}
     names = list(jobs)
     for turn in range(repeats):
+        progress(f"turn {turn + 1} of {repeats}: {', '.join(names)}")
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             wall, cpu = time.perf_counter(), time.process_time()
@@ -53,7 +61,7 @@ def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def peak_memory(job: Callable[[], object], interval: float = 1e-3) -> int:
-    """Bytes by which resident memory rises while ``job`` runs: see ``MEMORY``."""
+    """Bytes by which resident memory rises while ``job`` runs, in a process with ``GIVE_BACK``: see ``MEMORY``."""
     process = psutil.Process()
     before = peak = process.memory_info().rss
     finished = threading.Event()

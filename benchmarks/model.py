@@ -11,6 +11,7 @@ measured and the exit code is 1. That comparison is also the warm-up.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MEMORY, environment, interleaved, peak_memory
+from measure import GIVE_BACK, MEMORY, environment, interleaved, peak_memory, progress
 from sides import SHAPES, SIDES
 from torch import Tensor
 
@@ -50,11 +51,13 @@ def main() -> int:
 
 def time_all(report: dict[str, Any], args: argparse.Namespace, ids: dict[str, Tensor]) -> None:
     """Load the sides, compare what they compute and, if that is the same, time them: into ``report``."""
+    progress(f"loading {', '.join(SIDES)}")
     sides = {name: load(args.shape, args.seed) for name, load in SIDES.items()}
     calls = {
         job: {name: partial(getattr(side, job), ids[job]) for name, side in sides.items() if side.can(job)}
         for job in JOBS
     }
+    progress("comparing what they compute")
     report["disagreement"] = {
         "prefill": differences(calls["prefill"], lambda a, b: float((a - b).abs().max())),
         "train": differences(calls["train"], gradient_difference),
@@ -84,14 +87,16 @@ def gradient_difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) 
 
 def peak_alone(job: str, side: str) -> int:
     """``peak_of`` in a process that has done nothing else."""
+    progress(f"memory: {job}, {side}")
     command = [sys.executable, *sys.argv, "--peak-of", job, side]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_BACK)
+    return int(done.stdout)
 
 
 def peak_of(job: str, name: str, args: argparse.Namespace, ids: dict[str, Tensor]) -> int:
     side = SIDES[name](args.shape, args.seed)
     do = getattr(side, job)
-    do(ids[job][:, :2])
+    do(ids[job][:, :64])
     side.forget()
     return peak_memory(lambda: do(ids[job]))
 
