@@ -7,7 +7,7 @@ PYTEST = bin/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo dev test lint types tests test-oldest format clean
+.PHONY: help demo dev test lint types tests test-oldest bench format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ tests: .venv/.dev ## run the tests
 test-oldest: .venv-oldest/.package ## run the tests on the oldest supported transformers
 	@echo "==> pytest on the oldest supported transformers"
 	@.venv-oldest/$(PYTEST) --ignore=tests/test_house.py --ignore=tests/test_readme.py
+
+bench: .venv/.dev ## time whole models beside their peers (minutes)
+	@.venv/bin/python benchmarks/model.py
 
 format: .venv/.dev ## rewrite the code in the house format
 	@.venv/bin/ruff check --fix-only --quiet .
