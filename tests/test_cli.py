@@ -163,6 +163,23 @@ def test_on_the_cpu_it_is_float32_unless_asked(copy):
     assert generation.find_dtype("auto", torch.device("cuda")) == "auto"
 
 
+def test_a_small_model_takes_one_thread_and_gives_the_others_back(folder, monkeypatch):
+    model, tokenizer = generation.load(str(folder), torch.device("cpu"), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for smallest, expected in ((generation.SMALL_MODEL, 1), (0, 2)):
+            monkeypatch.setattr(generation, "SMALL_MODEL", smallest)
+            seen = []
+            greedy = generation.Sampling(temperature=0, top_p=1, top_k=None, seed=None)
+            generation.generate(
+                model, tokenizer, "Once", 3, greedy, lambda _, seen=seen: seen.append(torch.get_num_threads())
+            )
+            assert seen[0] == 2 and set(seen[1:]) == {expected} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_what_transformers_says_is_left_out(copy):
     """Unless it is asked for; and the settings of a program that calls the command stay as they were."""
 
