@@ -114,6 +114,7 @@ class RwkvBlock(GradientCheckpointingLayer):
 class RwkvPreTrainedModel(PreTrainedModel):
     config_class = RwkvConfig
     base_model_prefix = "rwkv"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["RwkvBlock"]
@@ -147,12 +148,6 @@ class RwkvModel(RwkvPreTrainedModel):
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
 
     @can_return_tuple
     def forward(
@@ -258,12 +253,6 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         self.rwkv = RwkvModel(config)
         self.head = _linear(config.hidden_size, config.vocab_size, init_gain=0.5)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.rwkv.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.rwkv.embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
