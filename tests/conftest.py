@@ -1,6 +1,10 @@
 """The environment of every test, set before torch, transformers or rwkv can be imported."""
 
 import os
+from pathlib import Path
+
+# Kernels are compiled once for all tests, and not into the user's own cache.
+os.environ["RWKV_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "kernels")
 
 # No test may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
