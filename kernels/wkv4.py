@@ -14,18 +14,24 @@ The state of a channel is ``(a, b, p)``, standing for ``A = a e^p`` and ``B = b 
 and ``b`` are then exact.
 """
 
+import functools
 import itertools
+import warnings
 
 import torch
 from torch import Tensor
 
-from rwkv_kernels import wkv4_portable
+from rwkv_kernels import loader, wkv4_cpu, wkv4_cuda, wkv4_portable
 
 EMPTY_EXPONENT = wkv4_portable.EMPTY_EXPONENT
 BACKENDS = {
+    "cpu": "C++, compiled when it is first needed: float16, bfloat16, float32 and float64 on a CPU",
+    "cuda": "CUDA C++, compiled when it is first needed: float16, bfloat16 and float32 on an NVIDIA GPU",
     "portable": "plain PyTorch: runs on every device and dtype, parallel over time",
     "reference": "sequential, for checking other implementations: runs only where it is asked for",
 }
+_NATIVE = {"cpu": wkv4_cpu, "cuda": wkv4_cuda}  # by the type of device that each is for
+_IMPLEMENTATIONS = _NATIVE | {"portable": wkv4_portable}
 
 
 def wkv4(
@@ -63,20 +69,41 @@ def wkv4(
     _check(time_decay, time_first, key, value, state, cu_seqlens)
     if backend == "auto":
         backend = choose_backend(key)
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
+    else:
+        _check_backend(backend, key)
     if backend == "reference":
         return wkv4_reference(time_decay, time_first, key, value, state, cu_seqlens)
-    if cu_seqlens is None and key.shape[1] == 1:
+    if backend == "portable" and cu_seqlens is None and key.shape[1] == 1:
         return _one_token(time_decay, time_first, key, value, state)
     if state is None:
         state = empty_state(key, key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    return _wkv4_portable(time_decay, time_first, key, value, state, cu_seqlens)
+    inputs = time_decay, time_first, key, value, state
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    run = functools.partial(_run, backend) if not differentiable and _is_eager(inputs) else _OPERATORS[backend]
+    output, state, _ = run(*inputs, cu_seqlens, differentiable)
+    return output, state
 
 
 def choose_backend(key: Tensor) -> str:
-    """What ``backend="auto"`` takes: a pure function of the device and dtype of ``key``."""
+    """What ``backend="auto"`` takes: a function of the device and dtype of ``key``, and of what can be loaded.
+
+    Where a native implementation ought to run and cannot be had, one warning in a process says why.
+    """
+    native = key.device.type
+    if native in _NATIVE and key.dtype in _NATIVE[native].DTYPES and _can_load(native, key.device.index):
+        return native
     return "portable"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _can_load(backend: str, index: int | None) -> bool:
+    try:
+        _NATIVE[backend].load(torch.device(backend) if index is None else torch.device(backend, index))
+    except loader.Unavailable as error:
+        warnings.warn(f"WKV runs on its slower portable implementation: {error}", RuntimeWarning, stacklevel=4)
+        return False
+    return True
 
 
 def wkv4_reference(
@@ -152,22 +179,28 @@ def _one_token(
     return y.to(key.dtype)[:, None], torch.stack(after, dim=1)
 
 
-@torch.library.custom_op("rwkv::wkv4_portable", mutates_args=())
-def _wkv4_portable(
+def _run(
+    backend: str,
     time_decay: Tensor,
     time_first: Tensor,
     key: Tensor,
     value: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, state and, for :func:`_run_backward`, the states at every ``TILE`` tokens."""
     if cu_seqlens is not None:
         _check_bounds(cu_seqlens, key)
-    return wkv4_portable.forward(time_decay, time_first, key, value, state, cu_seqlens)
+    tiles = _tiles(backend, key, state, differentiable)
+    if key.numel() == 0:
+        return key.new_empty(key.shape), state.clone(memory_format=torch.contiguous_format), tiles
+    inputs = time_decay, time_first, key, value, state
+    return *_IMPLEMENTATIONS[backend].forward(*inputs, cu_seqlens, tiles), tiles
 
 
-@torch.library.custom_op("rwkv::wkv4_portable_backward", mutates_args=())
-def _wkv4_portable_backward(
+def _run_backward(
+    backend: str,
     grad_output: Tensor,
     grad_state: Tensor,
     time_decay: Tensor,
@@ -176,29 +209,80 @@ def _wkv4_portable_backward(
     value: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return wkv4_portable.backward(grad_output, grad_state, time_decay, time_first, key, value, state, cu_seqlens)
+    """Gradients of the first five arguments of :func:`wkv4`."""
+    if key.numel() == 0:
+        grad_state = grad_state.clone(memory_format=torch.contiguous_format)
+        grad_state[:, 2] = 0
+        zeros = (torch.zeros_like(x) for x in (time_decay, time_first, key, value))
+        return *zeros, grad_state  # type: ignore[return-value]
+    inputs = time_decay, time_first, key, value, state
+    return _IMPLEMENTATIONS[backend].backward(grad_output, grad_state, *inputs, cu_seqlens, tiles)
 
 
-@_wkv4_portable.register_fake
-def _(time_decay, time_first, key, value, state, cu_seqlens):  # type: ignore[no-untyped-def]
-    return key.new_empty(key.shape), state.new_empty(state.shape)
+def _tiles(backend: str, key: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+    """Room for a state at every ``TILE`` tokens of each sequence, (M // TILE + N, 3, C), or for none."""
+    tile, (sequences, *row) = _IMPLEMENTATIONS[backend].TILE, state.shape
+    return state.new_zeros(key.shape[0] * key.shape[1] // tile + sequences if differentiable and tile else 0, *row)
 
 
-@_wkv4_portable_backward.register_fake
-def _(grad_output, grad_state, *inputs):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in inputs[:5])
+def _operator(backend: str) -> torch.library.CustomOpDef:
+    """An implementation as an operator of PyTorch, which can be compiled and differentiated."""
+
+    @torch.library.custom_op(f"rwkv::wkv4_{backend}", mutates_args=())
+    def forward(
+        time_decay: Tensor,
+        time_first: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+        differentiable: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _run(backend, time_decay, time_first, key, value, state, cu_seqlens, differentiable)
+
+    @torch.library.custom_op(f"rwkv::wkv4_{backend}_backward", mutates_args=())
+    def backward(
+        grad_output: Tensor,
+        grad_state: Tensor,
+        time_decay: Tensor,
+        time_first: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+        tiles: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        inputs = time_decay, time_first, key, value, state
+        return _run_backward(backend, grad_output, grad_state, *inputs, cu_seqlens, tiles)
+
+    @forward.register_fake
+    def _(time_decay, time_first, key, value, state, cu_seqlens, differentiable=True):  # type: ignore[no-untyped-def]
+        return key.new_empty(key.shape), state.new_empty(state.shape), _tiles(backend, key, state, differentiable)
+
+    @backward.register_fake
+    def _(grad_output, grad_state, *inputs):  # type: ignore[no-untyped-def]
+        return tuple(x.new_empty(x.shape) for x in inputs[:5])
+
+    def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:6], output[2])
+
+    def differentiate(ctx, grad_output: Tensor, grad_state: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+        return *backward(grad_output, grad_state, *ctx.saved_tensors), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
 
 
-def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+_OPERATORS = {backend: _operator(backend) for backend in _IMPLEMENTATIONS}
 
 
-def _differentiate(ctx, grad_output: Tensor, grad_state: Tensor):  # type: ignore[no-untyped-def]
-    return *_wkv4_portable_backward(grad_output, grad_state, *ctx.saved_tensors), None
-
-
-_wkv4_portable.register_autograd(_differentiate, setup_context=_save_inputs)
+def _is_eager(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether an implementation may be called at once, without the 30 microseconds of an operator of PyTorch."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
 
 
 def _check(
@@ -243,6 +327,17 @@ def _check(
     ):
         if tensor is not None and tensor.device != key.device:
             raise ValueError(f"{name} is on {tensor.device} but key is on {key.device}: move them together")
+
+
+def _check_backend(backend: str, key: Tensor) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
+    if backend not in _NATIVE:
+        return
+    if key.device.type != backend:
+        raise ValueError(f"backend is {backend!r} but key is on {key.device}: move the tensors, or choose 'auto'")
+    if key.dtype not in _NATIVE[backend].DTYPES:
+        raise ValueError(f"backend is {backend!r}, which does not compute {key.dtype}: convert key, or choose 'auto'")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, key: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 EMPTY_EXPONENT = -1e38
 SPAN = 32
+TILE = 0  # nothing is kept for the gradients
 
 
 @dataclass
@@ -222,10 +223,9 @@ def forward(
     value: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    tiles: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, T, C) and final state (N, 3, C), from the checked arguments of ``wkv4``."""
-    if key.numel() == 0:
-        return key.new_empty(key.shape), state.clone(memory_format=torch.contiguous_format)
+    """Output (B, T, C) and final state (N, 3, C), from the checked arguments of ``wkv4``; key is not empty."""
     problem = Problem.of(time_decay, time_first, key, value, state, cu_seqlens)
     before, final = problem.states()
     _, past, now = _weights(before, problem.u + problem.k)
@@ -245,22 +245,15 @@ def backward(
     value: Tensor,
     state: Tensor,
     cu_seqlens: Tensor | None,
+    tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first five arguments of ``wkv4``.
+    """Gradients of the first five arguments of ``wkv4``; key is not empty.
 
     The adjoints of A and B obey ``alpha_{t-1} = e^w alpha_t + gy_t / D_t`` (``beta`` with
     ``-gy_t y_t / D_t``), D_t being the denominator of y_t: the forward scan once more, over the
     tokens from last to first.
     """
     grad_state = torch.cat([grad_state[:, :2], torch.zeros_like(grad_state[:, 2:])], dim=1)
-    if key.numel() == 0:
-        return (
-            torch.zeros_like(time_decay),
-            torch.zeros_like(time_first),
-            torch.zeros_like(key),
-            torch.zeros_like(value),
-            grad_state,
-        )
     problem = Problem.of(time_decay, time_first, key, value, state, cu_seqlens)
     before, final = problem.states()
     w, k, v = problem.w, problem.k, problem.v
@@ -276,7 +269,8 @@ def backward(
     adjoint, at_start = adjoint.flip(), at_start.flip()
 
     alpha, beta = adjoint.pair
-    bonus = (v * grad_numerator + grad_denominator) * now
+    (a, b), surprise = before.pair, now * past / denominator
+    bonus = surprise * (b * v - a) * grad_numerator  # v - y without the cancellation, times the rest
     weight = _exp_(k + adjoint.exponent)
     grad_value = now * grad_numerator + weight * alpha
     grad_key = bonus + weight * (v * alpha + beta)

@@ -49,10 +49,10 @@ def case(time, backend, situation="float32", packed=False, **more):
 
 
 def agree_on_gradients(actual, expected, dtype=torch.float32):
-    """Gradients of one channel share one scale: some cancel to nothing beside their neighbours."""
+    """Gradients of one channel share one scale: some cancel to nothing beside others, or beside terms of 1."""
     tolerance = 1e-6 if dtype == torch.float64 else 1e-4
     for name in DIFFERENTIABLE:
-        scale = channel_norm(expected[name]).clamp(min=1e-30)
+        scale = channel_norm(expected[name]).clamp(min=1e-9)
         error = channel_norm(actual[name].double() - expected[name].double()) / scale
         assert error.max() <= tolerance, name
 
@@ -85,7 +85,7 @@ def test_errors_are_at_most_twice_those_of_the_sequential_reference(backend, sit
         floor = torch.finfo(actual[name].dtype).eps / 4
         floor += 2 * torch.finfo(end.dtype).eps * SITUATIONS[situation].get("keys", KEYS)
         for size in (torch.linalg.vector_norm, channel_norm):
-            unit = size(true).clamp(min=1e-30)
+            unit = size(true).clamp(min=1e-15)  # the terms are of order 1: float64 knows no less of what they leave
             error = (size(actual[name].double().cpu() - true) / unit).median()
             allowed = (size(sequential[name].double() - true) / unit).median()
             assert error <= 2 * allowed + floor, name

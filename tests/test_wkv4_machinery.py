@@ -141,9 +141,9 @@ def test_portable_steps_grow_at_most_with_the_root_of_time(packed):
         x = make(time, batch=1, channels=3, lengths=lengths)
         arguments = tuple(x.values())
         with Count() as forward:
-            output, state = wkv4_portable.forward(*arguments)
+            output, state = wkv4_portable.forward(*arguments, tiles=torch.empty(0))
         with Count() as backward:
-            wkv4_portable.backward(output, state, *arguments)
+            wkv4_portable.backward(output, state, *arguments, tiles=torch.empty(0))
         assert forward.operations <= 20 * 2 * math.sqrt(time) + 100
         assert backward.operations <= 20 * 4 * math.sqrt(time) + 200
         assert max(forward.largest, backward.largest) <= 2 * 1.1 * (time + 32 * len(lengths)) * 3
@@ -168,11 +168,10 @@ def test_opcheck(backend, time, layout, packed):
         x["time_first"] = x["time_first"].half()
     op, arguments = registered(backend, leaves(x))
     torch.library.opcheck(op, arguments)
-    if backend == "portable":
-        op = torch.ops.rwkv.wkv4_portable_backward.default
-        _, arguments = registered(backend, x)
-        output, state = wkv4(**x, backend=backend)
-        torch.library.opcheck(op, (output, state, *arguments))
+    op = getattr(torch.ops.rwkv, f"wkv4_{backend}_backward").default
+    forward, arguments = registered(backend, x)
+    output, state, tiles = forward(*arguments)
+    torch.library.opcheck(op, (output, state, *arguments, tiles))
 
 
 def loss(time_decay, time_first, key, value, state, cu_seqlens, backend):

@@ -1,0 +1,46 @@
+"""How the native implementations of WKV-4 are handed tensors."""
+
+import ctypes
+
+from torch import Tensor
+
+
+class Sequences(ctypes.Structure):
+    """``Sequences`` of wkv4_cpu.cpp and wkv4_cuda.cu: a tensor (B, T, C) with its channels side by side."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("time_stride", ctypes.c_int64)]
+
+
+Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of wkv4_cpu.cpp and wkv4_cuda.cu: numbers and pointers, filled in with numbers and tensors.
+
+    It keeps the tensors that it points to. What is left out, None or empty is a null pointer.
+    """
+
+    def __init__(self, **values: Tensor | int | None) -> None:
+        super().__init__()
+        self.values = values
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self._point(name, value)
+            else:
+                setattr(self, name, value)
+
+    def _point(self, name: str, x: Tensor) -> None:
+        if isinstance(getattr(self, name), Sequences):
+            setattr(self, name, Sequences(x.data_ptr(), x.stride(0), x.stride(1)))
+        else:
+            setattr(self, name, x.data_ptr() if x.numel() else None)
+
+
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Fields of one kind, for a structure."""
+    return [(name, kind) for name in names.split()]
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` (B, T, C), copied if its channels do not lie side by side, or its tokens absurdly far apart."""
+    return x if x.stride(2) == 1 and x.stride(1) < 2**28 else x.contiguous()

@@ -1,0 +1,68 @@
+// What a CUDA kernel of this project needs to run on a CPU, one thread of the CPU for each of a block: slow, and exact
+// about who waits for whom. The functions below stand for those of the source that are PTX.
+
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Index {
+    unsigned x;
+};
+static thread_local Index threadIdx, blockIdx, gridDim;
+static std::barrier<>* everybody;
+static void __syncthreads() { everybody->arrive_and_wait(); }
+
+struct float2 {
+    float x, y;
+};
+template <class T> T __ldg(const T* x) { return *x; }
+template <class T> void __stcg(T* x, T y) { *x = y; }
+template <class To, class From> To bits_of(From x) {
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+static float __int_as_float(int x) { return bits_of<float>(x); }
+static int __float_as_int(float x) { return bits_of<int>(x); }
+static int min(int x, int y) { return x < y ? x : y; }
+static int max(int x, int y) { return x > y ? x : y; }
+static long long min(long long x, long long y) { return x < y ? x : y; }
+static long long max(long long x, long long y) { return x > y ? x : y; }
+
+static float ptx_exp(float x) { return x < -126 ? 0 : std::exp2(x); }
+static float ptx_max(float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; }
+static float ptx_min(float x, float y) { return x != x || y != y ? NAN : x < y ? x : y; }
+static float ptx_reciprocal(float x) { return 1 / x; }
+static unsigned short ptx_narrow(float x) {  // bfloat16
+    const unsigned bits = bits_of<unsigned>(x);
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+template <class Element, class T> T* ptx_after(T* from, int i, int stride) {
+    return (T*)((char*)from + (long long)i * (stride * int(sizeof(Element))));
+}
+
+template <class Kernel, class Arguments> void run(Kernel kernel, int blocks, int threads, const Arguments& arguments) {
+    for (int block = 0; block < blocks; ++block) {
+        std::barrier<> barrier(threads);
+        everybody = &barrier;
+        std::vector<std::thread> all;
+        for (int i = 0; i < threads; ++i) {
+            all.emplace_back([&, i] {
+                threadIdx = {unsigned(i)}, blockIdx = {unsigned(block)}, gridDim = {unsigned(blocks)};
+                kernel(arguments);
+                barrier.arrive_and_drop();
+            });
+        }
+        for (std::thread& thread : all) thread.join();
+    }
+}

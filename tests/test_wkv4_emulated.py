@@ -1,0 +1,88 @@
+"""Laws of the CUDA kernels on a machine without a GPU: their source runs on the CPU, thread by thread."""
+
+import itertools
+
+import pytest
+import torch
+from cuda_on_cpu import emulated
+from wkv4_cases import DIFFERENTIABLE, agree, differentiate, in_double, make, readout, runner
+
+from rwkv_kernels import wkv4
+from rwkv_kernels.wkv4 import wkv4_reference
+
+# 1 multiprocessor: sequences stay whole. 132: they are cut, and the pieces joined.
+processors = pytest.mark.parametrize("processors", [1, 132])
+widths = pytest.mark.parametrize("channels", [37, 66], ids=["one-channel-threads", "two-channel-threads"])
+SHAPES = {
+    "dense-1": (1, ()),
+    "dense-31": (31, ()),
+    "dense-120": (120, ()),  # two whole tiles and a half
+    "packed": (0, (0, 1, 47, 48, 0, 49, 23, 24, 150, 0)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda")
+
+
+def distance(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm().clamp(min=1e-15)).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keys", [3.0, 80.0])
+@processors
+@widths
+def test_errors_are_at_most_twice_those_of_the_sequential_reference(shape, keys, processors, channels, folder):
+    time, lengths = SHAPES[shape]
+    layout = "sliced" if keys > 3 else "contiguous"
+    x = make(time, channels=channels, lengths=lengths, keys=keys, layout=layout)
+    with emulated(folder, processors):
+        output, end, grads = differentiate(x, runner("cuda"))
+    results = {"output": output, "end": readout(end)} | grads
+    for name, exact, sequential in zip(results, *map(reference, (in_double(x), x)), strict=True):
+        floor = torch.finfo(torch.float32).eps * (1 + 2 * keys)
+        assert distance(results[name], exact) <= 2 * distance(sequential, exact) + floor, name
+
+
+def reference(x):
+    output, end, grads = differentiate(x, lambda x: wkv4_reference(**x))
+    return [output, readout(end), *grads.values()]
+
+
+@processors
+@widths
+def test_half_precision_is_computed_in_float32(processors, channels, folder):
+    """In and out of bfloat16, so rounded once: as the portable implementation does it."""
+    x = make(130, channels=channels, dtype=torch.bfloat16)
+    with emulated(folder, processors):
+        output, end, grads = differentiate(x, runner("cuda"))
+    expected, expected_end, expected_grads = differentiate(x, runner("portable"))
+    agree(output, expected, dtype=torch.bfloat16)
+    agree(readout(end), readout(expected_end))
+    for name in DIFFERENTIABLE:
+        assert distance(grads[name], expected_grads[name].double()) <= 5e-3, name
+
+
+@processors
+def test_the_same_bits_twice(processors, folder):
+    x = make(0, lengths=(100, 0, 61), channels=66)
+    with emulated(folder, processors):
+        first, second = (differentiate(x, runner("cuda")) for _ in range(2))
+    agree(first, second, exact=True)
+
+
+@processors
+def test_a_run_may_be_split_anywhere(processors, folder):
+    x = make(130, channels=37)
+    with emulated(folder, processors):
+        output, end = wkv4.wkv4(**x, backend="cuda")
+        for s in (1, 47, 48, 100):
+            halves, state = [], x["state"]
+            for begin, stop in itertools.pairwise((0, s, 130)):
+                part = x | {"key": x["key"][:, begin:stop], "value": x["value"][:, begin:stop], "state": state}
+                half, state = wkv4.wkv4(**part, backend="cuda")
+                halves.append(half)
+            agree(torch.cat(halves, dim=1), output)
+            agree(readout(state), readout(end))

@@ -1,0 +1,219 @@
+"""Laws of the native WKV-4 alone: memory around its results, cuts in time, what is compiled, what cannot be had."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from wkv4_cases import DIFFERENTIABLE, agree, bounds, device_of, differentiate, leaves, make, readout, require, runner
+
+from rwkv_kernels import loader, wkv4, wkv4_cpu, wkv4_cuda
+
+NATIVE = {"cpu": wkv4_cpu, "cuda": wkv4_cuda}
+native = pytest.mark.parametrize("backend", NATIVE)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+GUARD = 64
+
+
+def case(time, backend, **more):
+    require(backend, more.get("dtype", torch.float32))
+    return make(time, backend, **more)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Every result is allocated amid a guard band and full of NaN; afterwards the bands must be as they were."""
+    buffers = []
+    new_empty = torch.Tensor.new_empty
+
+    def amid_guards(like, *shape):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        size = torch.Size(shape).numel()
+        buffer = new_empty(like, size + 2 * GUARD).fill_(torch.nan)
+        buffers.append((buffer, size))
+        return buffer[GUARD : GUARD + size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", amid_guards)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda like, *shape: amid_guards(like, *shape).zero_())
+    yield buffers
+    monkeypatch.undo()
+    for buffer, size in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
+
+
+@native
+@dtypes
+@pytest.mark.parametrize("channels", [1, 2, 15, 16, 33, 64, 100])
+@pytest.mark.parametrize("lengths", [(), (0, 1, 63, 64, 65, 0, 130)], ids=["dense", "packed"])
+def test_nothing_is_written_beside_the_results(backend, dtype, channels, lengths, guarded):
+    x = case(67, backend, dtype=dtype, channels=channels, lengths=lengths)
+    keep = wkv4._run(backend, *(x[name] for name in DIFFERENTIABLE), x["cu_seqlens"], True)
+    grads = wkv4._run_backward(
+        backend, keep[0].clone(), keep[1].clone(), *(x[name] for name in DIFFERENTIABLE), x["cu_seqlens"], keep[2]
+    )
+    for result in (*keep, *grads):
+        assert not result.isnan().any()
+    assert len(guarded) >= 3 + 5
+
+
+@pytest.mark.parametrize("lengths", [(2500,), (1024, 0, 1025, 3, 4097)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_cut_in_time_changes_nothing(lengths, dtype, monkeypatch):
+    """With more threads than blocks of channels the CPU cuts time; results are the same but for rounding."""
+    x = case(0, "cpu", lengths=lengths, channels=5, dtype=dtype)
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        output, state, grads = differentiate(x, runner("cpu"))
+        results.append([output, readout(state), *grads.values()])
+    for whole, cut in zip(*results, strict=True):
+        scale = whole.double().norm()
+        assert (cut.double() - whole.double()).norm() <= (5e-5 if dtype == torch.float32 else 1e-12) * scale
+    assert not torch.equal(results[0][0], results[1][0])  # or nothing was cut
+
+
+def test_where_time_is_cut_the_bits_are_still_those_of_a_sequence_alone(monkeypatch):
+    require("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = make(0, lengths=(7, 2500, 0, 1100), channels=5)
+    output, state = wkv4.wkv4(**x, backend="cpu")
+    begin, end = 7, 2507
+    alone = x | {"key": x["key"][:, begin:end], "value": x["value"][:, begin:end], "state": x["state"][1:2]}
+    agree(wkv4.wkv4(**alone | {"cu_seqlens": None}, backend="cpu"), (output[:, begin:end], state[1:2]), exact=True)
+    agree(wkv4.wkv4(**alone | {"cu_seqlens": bounds((2500,))}, backend="cpu")[0], output[:, begin:end], exact=True)
+
+
+@native
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_a_state_may_be_scaled_as_far_as_its_dtype_reaches(backend, scale):
+    """And so may its gradient, which is that of the values it stands for."""
+    x = case(31, backend)
+    scaled = x["state"].clone()
+    scaled[:, :2] *= scale
+    scaled[:, 2] -= torch.tensor(scale, dtype=torch.float64).log().float()
+    results = []
+    for state in (x["state"], scaled):
+        inputs = leaves(x | {"state": state})
+        output, end = wkv4.wkv4(**inputs, backend=backend)
+        (output.sum() + readout(end).sum()).backward()
+        results.append(
+            (
+                output.detach(),
+                readout(end).detach(),
+                inputs["state"].grad[:, :2] * (state[:, 1:2] / x["state"][:, 1:2]).nan_to_num(),
+            )
+        )
+    agree(*results)
+
+
+@native
+def test_a_channel_of_nan_stays_alone(backend):
+    x = case(129, backend, channels=40)
+    output, state, grads = differentiate(x, runner(backend))
+    x["key"][:, 60, 7] = torch.nan
+    ill, ill_state, ill_grads = differentiate(x, runner(backend))
+    others = torch.arange(40) != 7
+    agree(ill[..., others], output[..., others], exact=True)
+    agree(ill_state[..., others], state[..., others], exact=True)
+    for name in DIFFERENTIABLE:
+        agree(ill_grads[name][..., others], grads[name][..., others], exact=True)
+    assert ill[:, 60:, 7].isnan().all() and not ill[:, :60].isnan().any()
+
+
+@native
+def test_a_graph_or_a_thread_pool_of_another_size_does_not_matter(backend):
+    x = case(1000, backend, channels=130)
+    expected = wkv4.wkv4(**x, backend=backend)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            agree(wkv4.wkv4(**x, backend=backend), expected, exact=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_step_has_the_bits_of_the_whole(backend):
+    """Not on a GPU, where exponents are powers of two inside and powers of e in a state."""
+    x = case(200, backend, dtype=torch.bfloat16)
+    output, end = wkv4.wkv4(**x, backend=backend)
+    state = x["state"]
+    for t in range(200):
+        y, state = wkv4.wkv4(**x | {"key": x["key"][:, t : t + 1], "value": x["value"][:, t : t + 1], "state": state})
+        agree(y[:, 0], output[:, t], exact=True)
+    agree(state, end, exact=True)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_backend_for_another_device_is_refused(backend):
+    x = make(4, channels=3)
+    elsewhere = {n: None if t is None else t.to("meta") for n, t in x.items()}
+    with pytest.raises(ValueError, match=rf"^backend is '{backend}' but key is on meta"):
+        wkv4.wkv4(**elsewhere, backend=backend)
+
+
+@pytest.fixture
+def nothing_to_be_had(monkeypatch):
+    """A machine without compilers."""
+
+    def unavailable(device):
+        raise loader.Unavailable("No compiler. Install one.")
+
+    monkeypatch.setattr(wkv4_cpu, "load", unavailable)
+    monkeypatch.setattr(wkv4_cpu, "forward", lambda *_: unavailable(None))
+    wkv4._can_load.cache_clear()
+    yield
+    wkv4._can_load.cache_clear()
+
+
+def test_without_a_compiler_one_warning_says_why(nothing_to_be_had):
+    x = make(31)
+    with pytest.warns(RuntimeWarning, match=r"portable.*No compiler\. Install one\.") as caught:
+        results = [wkv4.wkv4(**x) for _ in range(2)]
+    agree(results[0], wkv4.wkv4(**x, backend="portable"), exact=True)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.raises(RuntimeError, match=r"No compiler\. Install one\."):
+        wkv4.wkv4(**x, backend="cpu")
+
+
+def test_nothing_is_compiled_before_it_is_needed(tmp_path):
+    code = (
+        "import rwkv_kernels.wkv4, modeling_rwkv, pathlib, sys; assert not list(pathlib.Path(sys.argv[1]).iterdir())"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path], check=True, env={"RWKV_CACHE_DIR": str(tmp_path), "PATH": ""}
+    )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("dtype", wkv4_cuda.DTYPES, ids=str)
+def test_every_cuda_kernel_compiles_without_a_warning(arch, dtype, width):
+    code = loader.cubin("wkv4_cuda.cu", arch, wkv4_cuda.defines(dtype, width), warnings_are_errors=True)
+    for kernel in (b"wkv4_sums", b"wkv4_forward", b"wkv4_adjoints", b"wkv4_backward"):
+        assert kernel in code
+
+
+@pytest.mark.parametrize("processors", [1, 20, 132])
+@pytest.mark.parametrize("blocks", [1, 3, 12, 200])
+def test_pieces_cover_the_longest_sequence_and_no_more(processors, blocks):
+    for longest, sequences in itertools.product((1, 47, 48, 49, 1000, 100_000), (1, 8)):
+        count, length = wkv4_cuda.pieces(sequences * longest, longest, blocks, processors)
+        assert length % wkv4_cuda.PIECE == 0 and length % wkv4_cuda.TILE == 0
+        assert (count - 1) * length < longest <= count * length
+        assert count == 1 or blocks * sequences < processors
+        if blocks * sequences < processors:
+            assert count * blocks * sequences >= processors or length == wkv4_cuda.PIECE
+
+
+def test_auto_takes_the_native_one_and_warns_of_nothing():
+    require("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in wkv4_cpu.DTYPES:
+            assert wkv4.choose_backend(torch.empty(1, 1, 1, dtype=dtype)) == "cpu"
+    assert wkv4.choose_backend(torch.empty(1, 1, 1, device="meta")) == "portable"
+    assert device_of("cuda") == "cuda"
