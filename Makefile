@@ -7,7 +7,7 @@ PYTEST = bin/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo dev test lint types tests test-oldest bench format clean
+.PHONY: help demo dev test lint types tests test-oldest bench bench-wkv format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ test-oldest: .venv-oldest/.package ## run the tests on the oldest supported tran
 
 bench: .venv/.dev ## time whole models beside their peers (minutes)
 	@.venv/bin/python benchmarks/model.py
+
+bench-wkv: .venv/.dev ## time the WKV operator alone, on the GPU if there is one
+	@.venv/bin/python benchmarks/wkv.py
 
 format: .venv/.dev ## rewrite the code in the house format
 	@.venv/bin/ruff check --fix-only --quiet .

@@ -10,13 +10,12 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
 
 MEMORY = (
@@ -45,23 +44,48 @@ def progress(what: str) -> None:
     print(f"[{time.strftime('%X')}] {what}", file=sys.stderr, flush=True)
 
 
-def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:
-    """Time every job ``repeats`` times, by turns, each turn beginning with another one. Warm them up before."""
-    seconds = {name: Seconds([], []) for name in jobs}
-    names = list(jobs)
-    for turn in range(repeats):
-        progress(f"turn {turn + 1} of {repeats}: {', '.join(names)}")
+def turns(names: list[str], repeats: int, at_most: float = 0.0) -> Iterator[str]:
+    """Every name ``repeats`` times, by turns, each turn beginning with another one.
+
+    Up to four times as many turns are taken while fewer than ``at_most`` seconds have passed: short jobs need more.
+    """
+    begin = time.perf_counter()
+    turn = 0
+    while turn < repeats or (turn < 4 * repeats and time.perf_counter() - begin < at_most):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            jobs[name]()
-            seconds[name].wall.append(time.perf_counter() - wall)
-            seconds[name].cpu.append(time.process_time() - cpu)
+        yield from names[first:] + names[:first]
+        turn += 1
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int, at_most: float = 0.0) -> dict[str, Seconds]:
+    """Time every job by ``turns``. Warm them up before."""
+    seconds = {name: Seconds([], []) for name in jobs}
+    for name in turns(list(jobs), repeats, at_most):
+        wall, cpu = time.perf_counter(), time.process_time()
+        jobs[name]()
+        seconds[name].wall.append(time.perf_counter() - wall)
+        seconds[name].cpu.append(time.process_time() - cpu)
     return seconds
+
+
+def interleaved_on_gpu(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds on the device between an event before each job and one after it, by ``turns``. Warm them up before."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in jobs}
+    for name in turns(list(jobs), repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()  # nothing is queued: what the host needs to launch the job counts
+        begin.record()
+        jobs[name]()
+        end.record()
+        events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in events.items()}
 
 
 def peak_memory(job: Callable[[], object], interval: float = 1e-3) -> int:
     """Bytes by which resident memory rises while ``job`` runs, in a process with ``GIVE_BACK``: see ``MEMORY``."""
+    import psutil  # the other benchmarks do without
+
     process = psutil.Process()
     before = peak = process.memory_info().rss
     finished = threading.Event()
@@ -90,8 +114,16 @@ def environment(packages: list[str]) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
+
+
+def version(package: str) -> str:
+    """Of a package that may be on the path without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def cpu_name() -> str:

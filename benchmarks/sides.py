@@ -1,4 +1,4 @@
-"""The RWKV-4 models that `model.py` compares, with the same random weights in each.
+"""The models that `model.py` compares; the RWKV-4 ones hold the same random weights.
 
 A side does two jobs, or one of them: ``prefill(ids)`` gives all logits (B, T, V) without gradients; ``train(ids)``,
 one forward pass with labels and one backward pass, gives the gradients by name.
@@ -9,16 +9,22 @@ import gc
 import io
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers import RwkvConfig as BuiltinConfig
 from transformers import RwkvForCausalLM as BuiltinRwkv
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_rwkv import RwkvConfig, RwkvForCausalLM
 from modeling_rwkv.checkpoints import folder_to_pth
+from rwkv_kernels.wkv4 import empty_state
 
 SHAPES = {  # layers, channels, vocabulary; of the Pile models, and one for tests
     "169m": (12, 768, 50277),
@@ -50,7 +56,39 @@ class Transformers:
         self.model.train()
         self.forget()
         self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return {
+            name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None
+        }
+
+
+class WithoutWkv(Transformers):
+    """This project's model with ``value`` in place of the operator's output: what is left is what others cost too."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        with mock.patch("modeling_rwkv.modeling_rwkv.wkv4", _value):
+            return super().prefill(ids)
+
+    def train(self, ids: Tensor) -> dict[str, Tensor]:
+        with mock.patch("modeling_rwkv.modeling_rwkv.wkv4", _value):
+            return super().train(ids)
+
+
+class _Value(torch.autograd.Function):
+    """``value``; and its gradient for ``key`` too, so that the matrices before both are still differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient
+
+
+def _value(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return _Value.apply(key, value), empty_state(key, key.shape[0]) if state is None else state
 
 
 class Official:
@@ -73,25 +111,60 @@ class Official:
         return torch.stack([self.model.forward(row.tolist(), None, full_output=True)[0] for row in ids])
 
 
-def ours(shape: str, seed: int) -> Transformers:
-    return Transformers(_random(RwkvForCausalLM, RwkvConfig, shape, seed))
+def ours(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
+    return Transformers(_random(RwkvForCausalLM, RwkvConfig, shape, seed).to(dtype))
 
 
-def builtin(shape: str, seed: int) -> Transformers:
-    return Transformers(_random(BuiltinRwkv, BuiltinConfig, shape, seed))
+def without_wkv(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
+    return WithoutWkv(ours(shape, seed, dtype).model)
 
 
-def official(shape: str, seed: int) -> Official:
+def builtin(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
+    return Transformers(_random(BuiltinRwkv, BuiltinConfig, shape, seed).to(dtype))
+
+
+def official(shape: str, seed: int, dtype: torch.dtype) -> Official:
     """It only reads a file, so this project writes one and converts it."""
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        ours(shape, seed).model.save_pretrained(Path(folder) / "model")
+        ours(shape, seed, torch.float32).model.save_pretrained(Path(folder) / "model")
         folder_to_pth(Path(folder) / "model", Path(folder) / "model.pth", progress=False)
         gc.collect()
-        return Official(Path(folder) / "model.pth", "cpu fp32")
+        return Official(Path(folder) / "model.pth", {torch.float32: "cpu fp32", torch.bfloat16: "cpu bf16"}[dtype])
 
 
-SIDES = {"ours": ours, "built-in": builtin, "official": official}  # the first is what the others are compared with
+def gpt_neox(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
+    """A Transformer of the same shape, as the Pythia models are: what RWKV has to compete with."""
+    layers, channels, vocabulary = SHAPES[shape]
+    config = GPTNeoXConfig(
+        num_hidden_layers=layers,
+        hidden_size=channels,
+        intermediate_size=4 * channels,
+        num_attention_heads=channels // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=2**14,  # a table of nothing: positions are rotated, a quarter of each head
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    torch.manual_seed(seed)
+    return Transformers(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+
+
+@dataclass(frozen=True)
+class Side:
+    """How to get one, and whether it computes the same function as the others."""
+
+    load: Callable[[str, int, torch.dtype], Transformers | Official]
+    same_function: bool = True
+
+
+SIDES = {  # the first is what the others are compared with
+    "ours": Side(ours),
+    "ours without WKV": Side(without_wkv, same_function=False),
+    "built-in": Side(builtin),
+    "official": Side(official),
+    "GPT-NeoX": Side(gpt_neox, same_function=False),
+}
 
 
 def _random(model_class: type, config_class: type, shape: str, seed: int) -> nn.Module:
@@ -111,6 +184,7 @@ def _random(model_class: type, config_class: type, shape: str, seed: int) -> nn.
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             _fill(name, parameter, generator)
+            parameter.copy_(parameter.bfloat16())  # numbers that every dtype has: all sides hold the same weights
     return model
 
 
