@@ -4,13 +4,14 @@
 PYTHON ?= python3
 INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = bin/python -m pytest -n 2
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo dev test lint types tests test-oldest bench bench-wkv format clean
+.PHONY: help demo dev test lint types tests test-oldest test-sanitize registers bench bench-wkv format clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.package ## write a story with the model in the box
 	@echo '==> rwkv generate "Once upon a time"'
@@ -37,6 +38,15 @@ tests: .venv/.dev ## run the tests
 test-oldest: .venv-oldest/.package ## run the tests on the oldest supported transformers
 	@echo "==> pytest on the oldest supported transformers"
 	@.venv-oldest/$(PYTEST) --ignore=tests/test_house.py --ignore=tests/test_readme.py
+
+test-sanitize: .venv/.dev ## run the tests of the CPU kernels under AddressSanitizer and UBSan
+	@echo "==> pytest under sanitizers"
+	@CXX="g++ -g $(SANITIZE)" LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	  .venv/$(PYTEST) tests/test_wkv4.py tests/test_wkv4_native.py tests/test_wkv4_gradients.py tests/test_mixing.py \
+	  -k "cpu or mixing"
+
+registers: .venv/.dev ## print registers and spills of the CUDA kernels
+	@.venv/bin/python benchmarks/registers.py
 
 bench: .venv/.dev ## time whole models beside their peers (minutes)
 	@.venv/bin/python benchmarks/model.py

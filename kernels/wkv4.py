@@ -30,8 +30,8 @@ BACKENDS = {
     "portable": "plain PyTorch: runs on every device and dtype, parallel over time",
     "reference": "sequential, for checking other implementations: runs only where it is asked for",
 }
-_NATIVE = {"cpu": wkv4_cpu, "cuda": wkv4_cuda}  # by the type of device that each is for
-_IMPLEMENTATIONS = _NATIVE | {"portable": wkv4_portable}
+NATIVE = {"cpu": wkv4_cpu, "cuda": wkv4_cuda}  # by the type of device that each is for
+_IMPLEMENTATIONS = NATIVE | {"portable": wkv4_portable}
 
 
 def wkv4(
@@ -90,18 +90,22 @@ def choose_backend(key: Tensor) -> str:
     Where a native implementation ought to run and cannot be had, one warning in a process says why.
     """
     native = key.device.type
-    if native in _NATIVE and key.dtype in _NATIVE[native].DTYPES and _can_load(native, key.device.index):
+    if native in NATIVE and key.dtype in NATIVE[native].DTYPES and _can_load(native, key.device.index):
         return native
     return "portable"
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _can_load(backend: str, index: int | None) -> bool:
+    return _tried_to_load(backend, index)
+
+
+@functools.cache
+def _tried_to_load(backend: str, index: int | None) -> bool:
     try:
-        _NATIVE[backend].load(torch.device(backend) if index is None else torch.device(backend, index))
+        NATIVE[backend].load(torch.device(backend) if index is None else torch.device(backend, index))
     except loader.Unavailable as error:
-        warnings.warn(f"WKV runs on its slower portable implementation: {error}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"WKV runs on its slower portable implementation: {error}", RuntimeWarning, stacklevel=5)
         return False
     return True
 
@@ -332,11 +336,11 @@ def _check(
 def _check_backend(backend: str, key: Tensor) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose 'auto' or one of {', '.join(sorted(BACKENDS))}")
-    if backend not in _NATIVE:
+    if backend not in NATIVE:
         return
     if key.device.type != backend:
         raise ValueError(f"backend is {backend!r} but key is on {key.device}: move the tensors, or choose 'auto'")
-    if key.dtype not in _NATIVE[backend].DTYPES:
+    if key.dtype not in NATIVE[backend].DTYPES:
         raise ValueError(f"backend is {backend!r}, which does not compute {key.dtype}: convert key, or choose 'auto'")
 
 

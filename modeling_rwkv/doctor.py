@@ -72,6 +72,8 @@ def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
 
 def _why_not(backend: str, device: torch.device) -> str:
     """The reason that the implementation gives when it is asked for, or else what it is."""
+    if backend in operator.NATIVE and backend != device.type:
+        return operator.BACKENDS[backend]
     try:
         operator.wkv4(*_inputs(device, torch.float32, time=3), backend=backend)
     except _FAILURES as error:

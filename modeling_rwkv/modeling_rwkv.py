@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple, logging
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.packing import Layout, arrange
+from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
 logger = logging.get_logger(__name__)
@@ -46,12 +47,11 @@ class RwkvTimeMix(nn.Module):
         self, x: Tensor, layout: Layout, previous: Tensor | None, state: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         """x: (B, T, C) to the same and the WKV state (N, 3, A); the output is multiplied by ``scale``."""
-        shifted = layout.shift(x, previous)
-        key = self.key(_mix(x, shifted, self.time_mix_key))
-        value = self.value(_mix(x, shifted, self.time_mix_value))
-        receptance = torch.sigmoid(self.receptance(_mix(x, shifted, self.time_mix_receptance)))
+        mixes = self.time_mix_key, self.time_mix_value, self.time_mix_receptance
+        x_key, x_value, x_receptance = shift_and_mix(x, previous, layout, *mixes)
+        key, value = self.key(x_key), self.value(x_value)
         wkv, state = wkv4(self.time_decay, self.time_first, key, value, state, layout.cu_seqlens)
-        return self.output(_scaled(receptance * wkv, scale)), state
+        return self.output(gate(self.receptance(x_receptance), wkv, scale)), state
 
 
 class RwkvChannelMix(nn.Module):
@@ -69,10 +69,9 @@ class RwkvChannelMix(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, previous: Tensor | None, scale: float) -> Tensor:
         """x: (B, T, C) to the same; the output is multiplied by ``scale``."""
-        shifted = layout.shift(x, previous)
-        key = torch.relu(self.key(_mix(x, shifted, self.time_mix_key)))
-        receptance = torch.sigmoid(self.receptance(_mix(x, shifted, self.time_mix_receptance)))
-        return receptance * self.value(_scaled(key, scale) * key)
+        x_key, x_receptance = shift_and_mix(x, previous, layout, self.time_mix_key, self.time_mix_receptance)
+        value = self.value(squared_relu(self.key(x_key), scale))
+        return gate(self.receptance(x_receptance), value)
 
 
 class RwkvBlock(GradientCheckpointingLayer):
@@ -368,11 +367,6 @@ def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, 
             "that is meant, an attention_mask over past and new positions says so."
         )
     return given - seen if repeats else given
-
-
-def _mix(x: Tensor, shifted: Tensor, weight: Tensor) -> Tensor:
-    """``weight * x + (1 - weight) * shifted``: the interpolation between a token and the one before it."""
-    return torch.lerp(shifted, x, weight.to(x.dtype))
 
 
 def _scale(config: RwkvConfig, layer_idx: int, dtype: torch.dtype) -> float:

@@ -1,10 +1,10 @@
 // What a CUDA kernel of this project needs to run on a CPU, one thread of the CPU for each of a block: slow, and exact
 // about who waits for whom. The functions below stand for those of the source that are PTX.
 
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <pthread.h>
 #include <thread>
 #include <vector>
 
@@ -19,8 +19,8 @@ struct Index {
     unsigned x;
 };
 static thread_local Index threadIdx, blockIdx, gridDim;
-static std::barrier<>* everybody;
-static void __syncthreads() { everybody->arrive_and_wait(); }
+static pthread_barrier_t everybody;
+static void __syncthreads() { pthread_barrier_wait(&everybody); }
 
 struct float2 {
     float x, y;
@@ -53,16 +53,15 @@ template <class Element, class T> T* ptx_after(T* from, int i, int stride) {
 
 template <class Kernel, class Arguments> void run(Kernel kernel, int blocks, int threads, const Arguments& arguments) {
     for (int block = 0; block < blocks; ++block) {
-        std::barrier<> barrier(threads);
-        everybody = &barrier;
+        pthread_barrier_init(&everybody, nullptr, threads);
         std::vector<std::thread> all;
         for (int i = 0; i < threads; ++i) {
             all.emplace_back([&, i] {
                 threadIdx = {unsigned(i)}, blockIdx = {unsigned(block)}, gridDim = {unsigned(blocks)};
                 kernel(arguments);
-                barrier.arrive_and_drop();
             });
         }
         for (std::thread& thread : all) thread.join();
+        pthread_barrier_destroy(&everybody);
     }
 }

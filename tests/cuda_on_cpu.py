@@ -16,7 +16,7 @@ from rwkv_kernels import loader, wkv4, wkv4_cuda
 
 HERE = Path(__file__).parent
 KERNELS = ("sums", "forward", "adjoints", "backward")
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread")
 PTX = {  # the functions written in PTX, and what stands for them
     "float exp_(float x)": "ptx_exp(x)",
     "float max_(float x, float y)": "ptx_max(x, y)",

@@ -386,7 +386,7 @@ def test_scaling_is_not_seen_from_outside(every):
     model, plain = (make(PLAIN, num_hidden_layers=7, rescale_every=n, dtype=torch.float16) for n in (every, 0))
     output, expected = model(ids, output_hidden_states=True), plain(ids, output_hidden_states=True)
     for state, other in zip(output.hidden_states, expected.hidden_states, strict=True):
-        agree(state, other, rtol=1e-2, atol=1e-2)
+        agree(state, other, rtol=2e-2, atol=2e-2)
     agree(output.logits, expected.logits, rtol=2e-2, atol=2e-2)
     first, second = (
         make(PLAIN, num_hidden_layers=7, rescale_every=n)(ids, output_hidden_states=True) for n in (every, 0)
