@@ -12,7 +12,7 @@ on random data. On a GPU so many inputs are taken in turn that together they exc
 between two device events: "eager" as PyTorch calls it, launches by the host included; "graph" replayed from a CUDA
 graph, the kernels alone. Speed is the fewest bytes that must move (forward: key and value read, output written;
 backward: key, value, output and its gradient read, two gradients written) over time, as a share of what a copy of as
-many bytes, and one of a GiB, reach.
+many bytes, and the fastest copy of any size, reach.
 
 No speed while results are off. Output and gradients are compared with float64, by norm: this project's native backend
 may err twice as much as the portable one in the same dtype, plus a floor for sums in another order; the portable one
@@ -53,7 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNITS = {"forward": 3, "forward + backward": 9}  # tensors of (B, T, C) that must move, at least
 RESULTS = ("output", "time_decay", "time_first", "key", "value")
 FLOOR = 1e-5  # thousands of terms added up in float32, in any order
-LARGE_COPY = 2**30  # bytes of the copy that stands for the device's bandwidth
+LARGE_COPY = 2**30  # bytes; a copy of this many is timed beside those of the shapes
 SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.002}  # of one sample, at least: many calls where they are short
 
 
@@ -78,13 +78,15 @@ def main() -> int:
         "shapes": {},
     }
     if args.device == "cuda":
-        report["copy_bytes_per_second"] = copy_speed(LARGE_COPY, args)
+        report["large_copy_bytes_per_second"] = copy_speed(LARGE_COPY, args)
     for shape in args.shapes:
         label = "x".join(map(str, shape))
         progress(label)
         report["shapes"][label] = measure(shape, sides, args)
         free(args.device)
     report["agree"] = all(found["agree"] for found in report["shapes"].values())
+    if args.device == "cuda" and report["agree"]:
+        report["copy_bytes_per_second"] = fastest_copy(report)
     print(text(report, args))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -269,6 +271,12 @@ def copy_speed(moved: int, args: argparse.Namespace) -> float:
     return moved / summaries({"copy": captured(copy)}, pairs, args)["copy"]["median"]
 
 
+def fastest_copy(report: dict[str, Any]) -> float:
+    """The ceiling: what the fastest copy of any size reached. The largest need not be it."""
+    sizes = (found[job]["copy_bytes_per_second"] for found in report["shapes"].values() for job in UNITS)
+    return max(report["large_copy_bytes_per_second"], *sizes)
+
+
 def text(report: dict[str, Any], args: argparse.Namespace) -> str:
     env = report["environment"]
     where = f"{env['gpu']}, CUDA {env['cuda']}" if args.device == "cuda" else f"{env['cpu']}, {env['threads']} threads"
@@ -299,8 +307,13 @@ def table_cpu(report: dict[str, Any]) -> list[str]:
 def table_gpu(report: dict[str, Any]) -> list[str]:
     ceiling = report["copy_bytes_per_second"]
     row = "{:14}{:20}{:12}{:>10}{:>10}{:>12}{:>8}{:>9}{:>10}"
-    head = ("B x T x C", "", "", "eager us", "graph us", f"x {report['first']}", "GB/s", "of copy", "of 1 GiB")
-    lines = [f"copy of 1 GiB: {ceiling / 1e9:.0f} GB/s, read and written", "", row.format(*head)]
+    head = ("B x T x C", "", "", "eager us", "graph us", f"x {report['first']}", "GB/s", "of copy", "of best")
+    large = report["large_copy_bytes_per_second"]
+    lines = [
+        f"copies, read and written: the fastest {ceiling / 1e9:.0f} GB/s, that of a GiB {large / 1e9:.0f} GB/s",
+        "",
+    ]
+    lines += [row.format(*head)]
     for label, job, name, times, found in rows(report, "eager"):
         graph = found["graph"].get(name)
         cells = [label, job, name, f"{times['median'] * 1e6:.1f}"]
@@ -314,7 +327,10 @@ def table_gpu(report: dict[str, Any]) -> list[str]:
             cells += [f"{speed / found['copy_bytes_per_second']:.0%}", f"{speed / ceiling:.0%}"]
         lines.append(row.format(*cells, *["-"] * (9 - len(cells))))
     lines += ["", f"medians, sides by turns; x {report['first']}: this side / that one; above 1, it needs more"]
-    return [*lines, "of copy: share of what a copy of as many bytes reaches; of 1 GiB: of what a large copy does"]
+    return [
+        *lines,
+        "of copy: share of what a copy of as many bytes reaches; of best: of what the fastest copy does",
+    ]
 
 
 def rows(report: dict[str, Any], clock: str) -> list[tuple[str, str, str, dict[str, float], dict[str, Any]]]:
@@ -332,7 +348,7 @@ def ratio(report: dict[str, Any], times: dict[str, Any], name: str) -> float:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """On a GPU the share of a large copy's bandwidth; on a CPU bytes per second. A panel for each job."""
+    """On a GPU the share of the fastest copy's bandwidth; on a CPU bytes per second. A panel for each job."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -353,7 +369,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 axis.bar([x + i * width for x in bars], list(bars.values()), width, label=name, color=f"C{i}")
         axis.set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], labels, rotation=20)
         axis.set(title=job)
-    axes[0].set(ylabel="percent of the bandwidth of a large copy" if on_gpu else "GB/s")
+    axes[0].set(ylabel="percent of the fastest copy's bandwidth" if on_gpu else "GB/s")
     axes[0].legend()
     figure.savefig(path, dpi=150)
 

@@ -17,9 +17,12 @@ and ``b`` are then exact.
 import functools
 import itertools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkv_kernels import loader, wkv4_cpu, wkv4_cuda, wkv4_portable
 
@@ -79,7 +82,9 @@ def wkv4(
         state = empty_state(key, key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     inputs = time_decay, time_first, key, value, state
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    run = functools.partial(_run, backend) if not differentiable and _is_eager(inputs) else _OPERATORS[backend]
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OPERATORS[backend]
+    if _is_eager(inputs):
+        run = functools.partial(_Eager.apply if differentiable else _run, backend)
     output, state, _ = run(*inputs, cu_seqlens, differentiable)
     return output, state
 
@@ -279,14 +284,33 @@ def _operator(backend: str) -> torch.library.CustomOpDef:
     return forward
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher of PyTorch, which takes longer than a short call does."""
+
+    @staticmethod
+    def forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _run(backend, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.backend, *tensors, _ = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_run_backward(ctx.backend, grad_output, grad_state, *ctx.saved_tensors), None, None
+
+
 _OPERATORS = {backend: _operator(backend) for backend in _IMPLEMENTATIONS}
 
 
 def _is_eager(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether an implementation may be called at once, without the 30 microseconds of an operator of PyTorch."""
+    """Whether tensors are there to be computed with: not fakes, and not being compiled."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in inputs)
 
 
 def _check(

@@ -1,10 +1,10 @@
-// WKV-4 on a CPU: vectors of channels, threads over sequences and blocks of channels. Plain C++17 with the vector
+// WKV-4 on a CPU: vectors of channels, threads over sequences and groups of channels. Plain C++17 with the vector
 // extensions of GCC and Clang, which become AVX-512, AVX, SSE or NEON instructions, whatever the target has.
 //
 // Symbols: N sequences of tokens laid end to end, C channels, E the type of an element, R the type that is computed in.
 //
 // Within a sequence a channel is computed from first token to last, so that its bits do not depend on what else is in
-// the batch. Only where there are fewer blocks of channels than threads, whatever N is, time is cut into segments: what
+// the batch. Only where there are fewer groups of channels than threads, whatever N is, time is cut into segments: what
 // each adds up to is found first, then all start from their true states.
 
 #include <cstdint>
@@ -19,6 +19,7 @@ namespace wkv4 {
 using namespace cpu;
 
 constexpr int TILE = 64;        // tokens between two states that the forward pass keeps for the backward pass
+constexpr int GROUP = 2;        // vectors of channels that one thread takes at a time
 constexpr int SEGMENT = 1024;   // tokens of a segment, a multiple of TILE
 constexpr int AHEAD = 8;        // tokens to fetch ahead of use
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth waking a thread for
@@ -209,11 +210,11 @@ struct Piece {
     bool closing;
 };
 
-std::vector<Piece> cut(const Arguments& all, int64_t blocks) {
+std::vector<Piece> cut(const Arguments& all, int64_t groups) {
     std::vector<Piece> pieces;
     for (int64_t n = 0; n < all.sequences; ++n) {
         const int64_t time = all.bounds ? all.bounds[n + 1] - all.bounds[n] : all.time;
-        const int64_t step = blocks < all.threads ? SEGMENT : time + 1;
+        const int64_t step = groups < all.threads ? SEGMENT : time + 1;
         int64_t from = 0;
         for (; from + step < time; from += step) pieces.push_back({n, from, from + step, false});
         pieces.push_back({n, from, time, true});
@@ -221,24 +222,44 @@ std::vector<Piece> cut(const Arguments& all, int64_t blocks) {
     return pieces;
 }
 
-// work(piece, strand) for all pieces and blocks of channels, in any order, on several threads.
-template <class E, class Work> void each(const Arguments& all, const std::vector<Piece>& pieces, const Work& work) {
-    const int64_t lanes = LANES<RealOf<E>>, blocks = (all.channels + lanes - 1) / lanes;
-    const int64_t items = int64_t(pieces.size()) * blocks;
-    int64_t tokens = all.sequences * all.time;
-    if (all.bounds) tokens = all.bounds[all.sequences];
+// use(strand) of the channels from `channel` on.
+template <class E, class Use>
+WKV_INLINE void with_strand(const Arguments& all, int64_t sequence, int64_t channel, const Use& use) {
+    if (channel + LANES<RealOf<E>> <= all.channels) {
+        use(Strand<E, true>(all, sequence, channel));
+    } else {
+        use(Strand<E, false>(all, sequence, channel));
+    }
+}
+
+// Groups of GROUP vectors of channels.
+template <class E> int64_t groups(const Arguments& all) {
+    constexpr int64_t width = GROUP * LANES<RealOf<E>>;
+    return (all.channels + width - 1) / width;
+}
+
+// work(piece, begin, end) for all pieces and groups of channels begin..end, in any order, on several threads.
+template <class E, class Work> void each_group(const Arguments& all, const std::vector<Piece>& pieces, const Work& work) {
+    constexpr int64_t width = GROUP * LANES<RealOf<E>>;
+    const int64_t columns = groups<E>(all), items = int64_t(pieces.size()) * columns;
+    const int64_t tokens = all.bounds ? all.bounds[all.sequences] : all.sequences * all.time;
     int64_t threads = 1 + tokens * all.channels / GRAIN;
     if (threads > all.threads) threads = all.threads;
     if (threads > items) threads = items;
 #pragma omp parallel for schedule(dynamic) num_threads(int(threads)) if (threads > 1)
     for (int64_t i = 0; i < items; ++i) {
-        const int64_t piece = i / blocks, channel = i % blocks * lanes;
-        if (channel + lanes <= all.channels) {
-            work(piece, Strand<E, true>(all, pieces[piece].sequence, channel));
-        } else {
-            work(piece, Strand<E, false>(all, pieces[piece].sequence, channel));
-        }
+        const int64_t begin = i % columns * width, end = begin + width;
+        work(i / columns, begin, end < all.channels ? end : all.channels);
     }
+}
+
+// work(piece, strand) for all pieces and vectors of channels.
+template <class E, class Work> void each(const Arguments& all, const std::vector<Piece>& pieces, const Work& work) {
+    each_group<E>(all, pieces, [&](int64_t piece, int64_t begin, int64_t end) {
+        for (int64_t channel = begin; channel < end; channel += LANES<RealOf<E>>) {
+            with_strand<E>(all, pieces[piece].sequence, channel, [&](const auto& strand) { work(piece, strand); });
+        }
+    });
 }
 
 // -- both passes ------------------------------------------------------------------------------------------------------
@@ -246,8 +267,7 @@ template <class E, class Work> void each(const Arguments& all, const std::vector
 template <class E> void forward(const Arguments& all) {
     typedef RealOf<E> R;
     typedef V<R> X;
-    const int64_t blocks = (all.channels + LANES<R> - 1) / LANES<R>;
-    const std::vector<Piece> pieces = cut(all, blocks);
+    const std::vector<Piece> pieces = cut(all, groups<E>(all));
     std::vector<R> starts;  // the states before pieces, (pieces, 3, C)
     if (int64_t(pieces.size()) > all.sequences) {
         starts.resize(pieces.size() * 3 * all.channels);
@@ -264,21 +284,31 @@ template <class E> void forward(const Arguments& all) {
             }
         });
     }
-    each<E>(all, pieces, [&](int64_t i, const auto& strand) {
-        const Piece& piece = pieces[i];
-        X scale;
-        State<X> s = piece.from > 0 ? strand.state(&starts[0], i) : strand.initial(scale);
-        if (strand.time == 0) s = strand.state(all.state, piece.sequence);  // as it was
-        s = strand.forward(s, piece.from, piece.to);
-        if (piece.closing) strand.set_state(all.final_state, piece.sequence, s);
+    each_group<E>(all, pieces, [&](int64_t i, int64_t begin, int64_t end) {
+        const auto [sequence, from, to, closing] = pieces[i];
+        State<X> states[GROUP];
+        int64_t t = from;
+        do {
+            const int64_t stop = t + TILE < to ? t + TILE : to;
+            State<X>* s = states;  // vectors of a group take turns, a tile each: their tokens are neighbours in memory
+            for (int64_t channel = begin; channel < end; channel += LANES<R>, ++s) {
+                with_strand<E>(all, sequence, channel, [&](const auto& strand) {
+                    X scale;
+                    if (t == from) *s = from > 0 ? strand.state(&starts[0], i) : strand.initial(scale);
+                    if (strand.time == 0) *s = strand.state(all.state, strand.sequence);  // as it was
+                    *s = strand.forward(*s, t, stop);
+                    if (stop == to && closing) strand.set_state(all.final_state, strand.sequence, *s);
+                });
+            }
+            t = stop;
+        } while (t < to);
     });
 }
 
 template <class E> void backward(const Arguments& all) {
     typedef RealOf<E> R;
     typedef V<R> X;
-    const int64_t blocks = (all.channels + LANES<R> - 1) / LANES<R>;
-    const std::vector<Piece> pieces = cut(all, blocks);
+    const std::vector<Piece> pieces = cut(all, groups<E>(all));
     std::vector<R> ends;  // the adjoints after pieces that are not closing, (pieces, 3, C)
     const auto after = [&](int64_t i, const auto& strand) -> Adjoint<X> {
         const bool closing = pieces[i].closing;
