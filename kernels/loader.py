@@ -1,40 +1,28 @@
 """Native kernels: compiled when they are first asked for, kept on disk, loaded, launched.
 
-The C++ compiler of the machine builds the CPU library, NVRTC the CUDA kernels (a library of NVIDIA's
-that needs no driver, nvcc, host compiler or CUDA headers; ``pip install 'modeling-rwkv[cuda]'``).
-What they built is kept in the user's cache directory, or in ``RWKV_CACHE_DIR``.
-
-Code is loaded from that folder, so it has to be the user's own, and an entry says what it is: its name
-``<key>-<digest>.so`` holds a hash of all that went into it (source, headers, compiler, flags and
-architecture) and the hash of its content. A file that was cut short would otherwise end the process
-with SIGBUS when it is mapped.
+The C++ compiler of the machine builds the CPU library, NVRTC the CUDA kernels (a library of NVIDIA's that needs no
+driver, nvcc, host compiler or CUDA headers; ``pip install 'modeling-rwkv[cuda]'``). `build_cache.py` keeps what they
+built.
 
 Everything that cannot be had raises :class:`Unavailable`, the second time without trying again.
 """
 
 import ctypes
-import hashlib
 import os
 import shlex
-import stat
 import subprocess
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import filelock
-import platformdirs
 import torch
+
+from rwkv_kernels.build_cache import digest, obtain
 
 KERNELS = Path(__file__).resolve().parent
 NO_DEFINES: Mapping[str, str] = MappingProxyType({})
-LOCK_SECONDS = 600  # a process that waits longer for another's compiler builds its own copy
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 INSTALL_CUDA = "pip install 'modeling-rwkv[cuda]'"
 
 CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
@@ -99,12 +87,12 @@ def cubin(
     def build() -> bytes:
         _require_posix()
         options = _nvrtc_options(arch, defines)
-        key = _hash(_bundle(path), repr((_nvrtc().nvrtcVersion()[1:], options)))
+        key = digest(_bundle(path), repr((_nvrtc().nvrtcVersion()[1:], options)))
 
         def compile_to(target: Path) -> None:
             target.write_bytes(_nvrtc_compile(path, arch, options)[0])
 
-        return _obtain(key, ".cubin", compile_to, Path.read_bytes)
+        return obtain(key, ".cubin", compile_to, Path.read_bytes)
 
     return _once(("cubin", path, arch, _frozen(defines)), build)
 
@@ -244,7 +232,7 @@ def _cpu_library_by(command: list[str], source: Path, bundle: bytes) -> ctypes.C
             raise _Rejected(str(reason)) from None
 
     try:
-        return _obtain(_hash(bundle, macros, repr(command)), ".so", build, lambda path: ctypes.CDLL(str(path)))
+        return obtain(digest(bundle, macros, repr(command)), ".so", build, lambda path: ctypes.CDLL(str(path)))
     except OSError as error:
         raise _Rejected(f"{command[0]}: what it builds cannot be loaded: {error}") from None
 
@@ -364,80 +352,7 @@ def _frozen(defines: Mapping[str, str]) -> Hashable:
     return tuple(sorted(defines.items()))
 
 
-# The cache.
-
-
 def _bundle(source: Path) -> bytes:
     """A source with the headers beside it, all that it may include."""
     files = [source, *sorted(source.parent.glob("*.h"))]
     return b"\0".join(part for file in files for part in (file.name.encode(), file.read_bytes()))
-
-
-def _hash(*parts: bytes | str) -> str:
-    digests = (hashlib.sha256(part.encode() if isinstance(part, str) else part).digest() for part in parts)
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-
-
-def _obtain(key: str, suffix: str, build: Callable[[Path], None], load: Callable[[Path], T]) -> T:
-    """``load`` a file that ``build`` wrote: from the cache, or past it where the cache does not work."""
-    folder, obstacle = _cache_folder()
-    if folder is not None:
-        try:
-            return load(_entry(folder, key, suffix, build))
-        except OSError as error:  # a full, read-only or noexec disk, no locks, a folder where a file should be
-            obstacle = f"The cache of compiled kernels cannot be used: {error}."
-    with tempfile.TemporaryDirectory(prefix="rwkv-") as private:  # a mapped library outlives its file
-        path = Path(private) / f"{key}{suffix}"
-        build(path)
-        loaded = load(path)
-    cure = "Kernels are compiled anew in each process; set RWKV_CACHE_DIR to a folder of your own to keep them."
-    warnings.warn(f"{obstacle} {cure}", RuntimeWarning, stacklevel=2)
-    return loaded
-
-
-def _cache_folder() -> tuple[Path | None, str]:
-    """The folder of the cache; or None, where it is not this user's alone to write, and the reason."""
-    chosen = os.environ.get("RWKV_CACHE_DIR")
-    folder = Path(chosen) if chosen else platformdirs.user_cache_path("modeling-rwkv")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = folder.resolve(strict=True)
-        info = folder.stat()
-    except OSError as error:
-        return None, f"The cache of compiled kernels cannot be created: {error}."
-    if info.st_uid != os.geteuid():
-        return None, f"The cache of compiled kernels, {folder}, belongs to another user."
-    if info.st_mode & OTHERS_WRITE:
-        return None, f"Others can write to {folder}, the cache of compiled kernels: run 'chmod go-w {folder}'."
-    return folder, ""
-
-
-def _entry(folder: Path, key: str, suffix: str, build: Callable[[Path], None]) -> Path:
-    """The valid entry of a key. One process builds it, and the others wait."""
-    if found := _find(folder, key, suffix):
-        return found
-    with filelock.FileLock(folder / f"{key}.lock", timeout=LOCK_SECONDS):
-        if found := _find(folder, key, suffix):
-            return found
-        for invalid in folder.glob(f"{key}-*"):
-            invalid.unlink()
-        unfinished = folder / f"{key}.tmp{suffix}"  # under the lock: if it is there, its writer is gone
-        unfinished.unlink(missing_ok=True)
-        try:
-            build(unfinished)
-            unfinished.chmod(0o600)  # whatever the umask: what others may write is not loaded
-            entry = folder / f"{key}-{_hash(unfinished.read_bytes())}{suffix}"
-            os.replace(unfinished, entry)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return entry
-
-
-def _find(folder: Path, key: str, suffix: str) -> Path | None:
-    for path in folder.glob(f"{key}-*{suffix}"):
-        with suppress(FileNotFoundError):  # another process may remove an invalid one right now
-            info = path.lstat()
-            private = info.st_uid == os.geteuid() and not info.st_mode & OTHERS_WRITE
-            if stat.S_ISREG(info.st_mode) and private and path.stem == f"{key}-{_hash(path.read_bytes())}":
-                return path
-    return None

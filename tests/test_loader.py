@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_kernels import loader
+from rwkv_kernels import build_cache, loader
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -364,7 +364,7 @@ def test_the_cache_is_the_users_own_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("RWKV_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder, _ = loader._cache_folder()
+    folder, _ = build_cache.folder_or_reason()
     assert folder.is_relative_to(tmp_path.resolve()) and "modeling-rwkv" in folder.parts
 
 
