@@ -5,6 +5,7 @@ has to be the user's own, and an entry says what it is: its name ``<key>-<digest
 into it and the hash of its content. A file that was cut short would otherwise end the process with SIGBUS when mapped.
 """
 
+import functools
 import hashlib
 import os
 import stat
@@ -45,26 +46,41 @@ def obtain(key: str, suffix: str, build: Callable[[Path], None], load: Callable[
         path = Path(private) / f"{key}{suffix}"
         build(path)
         loaded = load(path)
-    cure = "Kernels are compiled anew in each process; set RWKV_CACHE_DIR to a folder of your own to keep them."
-    warnings.warn(f"{obstacle} {cure}", RuntimeWarning, stacklevel=2)
+    warn_once(f"{obstacle} Kernels are compiled anew in each process; set RWKV_CACHE_DIR to a folder of your own.")
     return loaded
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Once, however many kernels there are."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def folder_or_reason() -> tuple[Path | None, str]:
     """The folder of the cache; or None, where it is not this user's alone to write, and the reason."""
     chosen = os.environ.get("RWKV_CACHE_DIR")
-    folder = Path(chosen) if chosen else platformdirs.user_cache_path("modeling-rwkv")
+    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("modeling-rwkv")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.exists():
+                parent.mkdir(mode=0o700, exist_ok=True)
         folder = folder.resolve(strict=True)
         info = folder.stat()
+        replaceable = next((parent for parent in folder.parents if _anybody_may_rename_in(parent)), None)
     except OSError as error:
         return None, f"The cache of compiled kernels cannot be created: {error}."
     if info.st_uid != os.geteuid():
         return None, f"The cache of compiled kernels, {folder}, belongs to another user."
     if info.st_mode & OTHERS_WRITE:
         return None, f"Others can write to {folder}, the cache of compiled kernels: run 'chmod go-w {folder}'."
+    if replaceable:
+        return None, f"Others can write to {replaceable}, above the cache of compiled kernels: run 'chmod o-w' on it."
     return folder, ""
+
+
+def _anybody_may_rename_in(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _entry(folder: Path, key: str, suffix: str, build: Callable[[Path], None]) -> Path:

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from rwkv_kernels import build_cache
 from rwkv_kernels.build_cache import digest, obtain
 
+COMPILER_SECONDS = 300  # a compiler that takes longer hangs
 KERNELS = Path(__file__).resolve().parent
 NO_DEFINES: Mapping[str, str] = MappingProxyType({})
 INSTALL_CUDA = "pip install 'modeling-rwkv[cuda]'"
@@ -92,7 +94,12 @@ def cubin(
         def compile_to(target: Path) -> None:
             target.write_bytes(_nvrtc_compile(path, arch, options)[0])
 
-        return obtain(key, ".cubin", compile_to, Path.read_bytes)
+        try:
+            return obtain(key, ".cubin", compile_to, Path.read_bytes)
+        except OSError as error:
+            raise Unavailable(
+                f"There is no room for {path.name}, compiled: {error}. Set TMPDIR to a folder."
+            ) from None
 
     return _once(("cubin", path, arch, _frozen(defines)), build)
 
@@ -150,9 +157,10 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: ctypes.Structur
 
 
 def clear() -> None:
-    """Forget what was loaded, and what could not be, in this process; files on disk stay."""
+    """Forget what this module loaded, and what it could not, in this process; files on disk stay."""
     with _lock:
         _remembered.clear()
+        build_cache.warn_once.cache_clear()
 
 
 def _once(key: Hashable, make: Callable[[], T]) -> T:
@@ -247,8 +255,11 @@ def _run(command: list[str]) -> str:
             env={**os.environ, "LC_ALL": "C"},
             encoding="utf-8",
             errors="replace",
+            timeout=COMPILER_SECONDS,
             check=False,
         )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]}: no answer in {COMPILER_SECONDS} seconds") from None
     except FileNotFoundError:  # for the caller: the next compiler
         raise
     except OSError as error:

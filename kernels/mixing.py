@@ -9,14 +9,15 @@ Symbols: B batch, T time steps, C channels, N sequences (N = B, or the number of
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rwkv_kernels import loader
-from rwkv_kernels.wkv4_native import Integer, Pointer, fields
+from rwkv_kernels import loader, wkv4_cpu
+from rwkv_kernels.wkv4_native import Integer, Pointer, are_at_hand, fields
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # numbered as in mixing_cpu.cpp
 MIXES = 3  # at most, as in mixing_cpu.cpp
@@ -52,7 +53,7 @@ def shift_and_mix(x: Tensor, previous: Tensor | None, layout: Layout, *mixes: Te
         ValueError: an argument that does not fit ``x``; names it.
     """
     _check(x, previous, layout.cu_seqlens, mixes)
-    if not _is_native(x) or not all(_is_plain(t) for t in (*mixes, previous) if t is not None):
+    if not _is_native(x, previous, *mixes):
         return shift_and_mix_reference(x, previous, layout, *mixes)
     vectors = [mix.to(x.dtype) for mix in mixes]
     previous = None if previous is None else previous.to(x.dtype)
@@ -70,7 +71,7 @@ def squared_relu(x: Tensor, scale: float = 1.0) -> Tensor:
 def gate(receptance: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * sigmoid(receptance) * x``."""
     alike = x.shape == receptance.shape and x.dtype == receptance.dtype
-    if not alike or not _is_native(x) or not _is_plain(receptance):
+    if not alike or not _is_native(x, receptance):
         return gate_reference(receptance, x, scale)
     return (_gate_operator if _is_differentiated(receptance, x) else _gate)(receptance, x, scale)
 
@@ -149,22 +150,29 @@ def _library() -> Any:
 
 @functools.cache
 def _can_load() -> bool:
-    """Where it cannot, :func:`wkv4.choose_backend` has the same reason, and gives it."""
+    """Where WKV cannot be had either, :func:`wkv4.choose_backend` warns, and once is enough."""
     try:
         _library()
+    except loader.Unavailable as error:
+        if _wkv_can_load():
+            reason = f"Token shift and gates run as plain PyTorch, which is slower: {error}"
+            warnings.warn(reason, RuntimeWarning, stacklevel=5)
+        return False
+    return True
+
+
+def _wkv_can_load() -> bool:
+    try:
+        wkv4_cpu.load(torch.device("cpu"))
     except loader.Unavailable:
         return False
     return True
 
 
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.is_cpu
-
-
-def _is_native(x: Tensor) -> bool:
-    """Whether the kernels may run on ``x`` now: eagerly, and with numbers in its memory."""
-    compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not compiles and _is_plain(x) and x.dtype in DTYPES and _can_load()
+def _is_native(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels may run now, on ``x`` and what goes with it."""
+    on_cpu = all(t is None or t.is_cpu for t in (x, *others))
+    return on_cpu and x.dtype in DTYPES and are_at_hand(x, *others) and _can_load()
 
 
 def _is_differentiated(*inputs: Tensor | None) -> bool:
@@ -194,7 +202,7 @@ def _shift_and_mix_backward(
     grad_mixes = [torch.empty_like(mix, dtype=wide, memory_format=torch.contiguous_format) for mix in mixes]
     _run_mix(
         True, x, previous, cu_seqlens, mixes,
-        grad_output=[gradient.contiguous() for gradient in grad_outputs],
+        grad_output=[gradient.resolve_neg().contiguous() for gradient in grad_outputs],
         grad_x=grad_x, grad_previous=grad_previous, grad_mix=grad_mixes,
     )  # fmt: skip
     return [grad_x, grad_previous, *(gradient.to(x.dtype) for gradient in grad_mixes)]
@@ -245,7 +253,7 @@ def _squared_relu(x: Tensor, scale: float) -> Tensor:
 def _squared_relu_backward(grad_y: Tensor, x: Tensor, scale: float) -> Tensor:
     x = x.contiguous()
     gradient = torch.empty_like(x)
-    _run(_library().squared_relu_cpu, True, scale, a=x, grad_y=grad_y.contiguous(), grad_a=gradient)
+    _run(_library().squared_relu_cpu, True, scale, a=x, grad_y=grad_y.resolve_neg().contiguous(), grad_a=gradient)
     return gradient
 
 
@@ -261,7 +269,7 @@ def _gate_backward(grad_y: Tensor, receptance: Tensor, x: Tensor, scale: float) 
     grad_receptance, grad_x = torch.empty_like(receptance), torch.empty_like(x)
     _run(
         _library().gate_cpu, True, scale,
-        a=receptance, b=x, grad_y=grad_y.contiguous(), grad_a=grad_receptance, grad_b=grad_x,
+        a=receptance, b=x, grad_y=grad_y.resolve_neg().contiguous(), grad_a=grad_receptance, grad_b=grad_x,
     )  # fmt: skip
     return grad_receptance, grad_x
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_kernels import loader, wkv4_cpu, wkv4_cuda, wkv4_portable
+from rwkv_kernels.wkv4_native import are_at_hand, are_transformed
 
 EMPTY_EXPONENT = wkv4_portable.EMPTY_EXPONENT
 BACKENDS = {
@@ -59,7 +60,8 @@ def wkv4(
         cu_seqlens: (N + 1,) int32 or int64, on any device, with B = 1: sequence n is
             ``key[0, cu_seqlens[n]:cu_seqlens[n + 1]]``. Sequences may have no tokens; their state
             comes back as it was.
-        backend: one of ``BACKENDS``, or "auto" (see :func:`choose_backend`).
+        backend: one of ``BACKENDS``, or "auto" (see :func:`choose_backend`). Under torch.func and forward-mode
+            derivatives, which look into formulas, the reference runs in any case.
 
     Returns:
         output (B, T, C) in the dtype of ``key``, and the state (N, 3, C) after the last step of
@@ -74,7 +76,7 @@ def wkv4(
         backend = choose_backend(key)
     else:
         _check_backend(backend, key)
-    if backend == "reference":
+    if backend == "reference" or are_transformed():
         return wkv4_reference(time_decay, time_first, key, value, state, cu_seqlens)
     if backend == "portable" and cu_seqlens is None and key.shape[1] == 1:
         return _one_token(time_decay, time_first, key, value, state)
@@ -83,7 +85,7 @@ def wkv4(
     inputs = time_decay, time_first, key, value, state
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OPERATORS[backend]
-    if _is_eager(inputs):
+    if are_at_hand(*inputs):
         run = functools.partial(_Eager.apply if differentiable else _run, backend)
     output, state, _ = run(*inputs, cu_seqlens, differentiable)
     return output, state
@@ -92,7 +94,7 @@ def wkv4(
 def choose_backend(key: Tensor) -> str:
     """What ``backend="auto"`` takes: a function of the device and dtype of ``key``, and of what can be loaded.
 
-    Where a native implementation ought to run and cannot be had, one warning in a process says why.
+    Where a native implementation ought to run on a device and cannot be had, one warning says why.
     """
     native = key.device.type
     if native in NATIVE and key.dtype in NATIVE[native].DTYPES and _can_load(native, key.device.index):
@@ -296,21 +298,18 @@ class _Eager(torch.autograd.Function):
         ctx.backend, *tensors, _ = inputs
         ctx.save_for_backward(*tensors, output[2])
         ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)  # or there would be one for the tiles
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None, _: None) -> tuple[Any, ...]:
+        key, state = ctx.saved_tensors[2], ctx.saved_tensors[4]
+        grad_output = torch.zeros_like(key) if grad_output is None else grad_output.resolve_neg()
+        grad_state = torch.zeros_like(state) if grad_state is None else grad_state.resolve_neg()
         return None, *_run_backward(ctx.backend, grad_output, grad_state, *ctx.saved_tensors), None, None
 
 
 _OPERATORS = {backend: _operator(backend) for backend in _IMPLEMENTATIONS}
-
-
-def _is_eager(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether tensors are there to be computed with: not fakes, and not being compiled."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in inputs)
 
 
 def _check(

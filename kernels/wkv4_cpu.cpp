@@ -24,24 +24,16 @@ constexpr int SEGMENT = 1024;   // tokens of a segment, a multiple of TILE
 constexpr int AHEAD = 8;        // tokens to fetch ahead of use
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth waking a thread for
 
-constexpr float EMPTY_EXPONENT = -1e38f, BONUS_LIMIT = 41, LN2 = 0.6931472f;
+constexpr float EMPTY_EXPONENT = -1e38f;
 
 // -- what wkv4_step.h works on ---------------------------------------------------------------------------------------
 
 WKV_INLINE Floats exp_(Floats x) { return exponential<float>(x); }
 WKV_INLINE Doubles exp_(Doubles x) { return exponential<double>(x); }
 template <class Condition, class X> WKV_INLINE X select_(Condition condition, X x, X y) { return condition ? x : y; }
-template <class X> WKV_INLINE X max_(X x, X y) { return x > y ? x : y; }
-template <class X> WKV_INLINE X min_(X x, X limit) { return x > limit ? limit : x; }
+template <class X> WKV_INLINE X max_(X x, X y) { return (x > y) | (x != x) ? x : y; }
 template <class X> WKV_INLINE X abs_(X x) { return x > 0 ? x : -x; }
 template <class X> WKV_INLINE X reciprocal_(X x) { return 1 / x; }
-
-template <class R> WKV_INLINE V<R> exponent(V<R> x) {
-    const Bits<R> size = bitcast<Bits<R>>(abs_(x)) >> Real<R>::fraction;
-    return __builtin_convertvector(size - Real<R>::bias, V<R>);
-}
-WKV_INLINE Floats exponent_(Floats x) { return exponent<float>(x); }
-WKV_INLINE Doubles exponent_(Doubles x) { return exponent<double>(x); }
 
 }  // namespace wkv4
 
@@ -84,7 +76,8 @@ template <class E, bool WHOLE> struct Strand {
         : all(all), sequence(sequence), channel(channel) {
         begin = all.bounds ? all.bounds[sequence] : sequence * all.time;
         time = all.bounds ? all.bounds[sequence + 1] - begin : all.time;
-        w = -exp_(min_(row(all.time_decay, 0), X{} + 30));
+        const X decay = row(all.time_decay, 0), most = X{} + 30;
+        w = -exp_(decay > most ? most : decay);
         u = row(all.time_first, 0);
     }
 
@@ -103,8 +96,8 @@ template <class E, bool WHOLE> struct Strand {
     WKV_INLINE void set_state(void* x, int64_t i, const State<X>& s) const {
         set_row(x, 3 * i, s.a), set_row(x, 3 * i + 1, s.b), set_row(x, 3 * i + 2, s.p);
     }
-    WKV_INLINE State<X> initial(X& scale) const {
-        return adopt(state(all.state, sequence), scale);
+    WKV_INLINE State<X> initial() const {
+        return adopt(state(all.state, sequence));
     }
     WKV_INLINE int64_t tile(int64_t t) const { return begin / TILE + sequence + t / TILE; }
 
@@ -141,7 +134,7 @@ template <class E, bool WHOLE> struct Strand {
             if (all.tiles && t % TILE == 0) set_state(all.tiles, tile(t), s);
             const X k = read<1>(all.key, t), v = read<1>(all.value, t);
             const Weights<X> weights = weigh(w, u, k, s.p);
-            write(all.output, t, output(s, weights.bonus, v));
+            write(all.output, t, output(s, weights, v));
             absorb(s, weights, v);
         }
         return s;
@@ -276,8 +269,7 @@ template <class E> void forward(const Arguments& all) {
         });
         each<E>(all, pieces, [&](int64_t i, const auto& strand) {
             if (pieces[i].from > 0) return;
-            X scale;
-            State<X> s = strand.initial(scale);
+            State<X> s = strand.initial();
             for (; !pieces[i].closing; ++i) {
                 s = join(s, strand.w * R(pieces[i].to - pieces[i].from), strand.state(&starts[0], i + 1));
                 strand.set_state(&starts[0], i + 1, s);
@@ -293,8 +285,7 @@ template <class E> void forward(const Arguments& all) {
             State<X>* s = states;  // vectors of a group take turns, a tile each: their tokens are neighbours in memory
             for (int64_t channel = begin; channel < end; channel += LANES<R>, ++s) {
                 with_strand<E>(all, sequence, channel, [&](const auto& strand) {
-                    X scale;
-                    if (t == from) *s = from > 0 ? strand.state(&starts[0], i) : strand.initial(scale);
+                    if (t == from) *s = from > 0 ? strand.state(&starts[0], i) : strand.initial();
                     if (strand.time == 0) *s = strand.state(all.state, strand.sequence);  // as it was
                     *s = strand.forward(*s, t, stop);
                     if (stop == to && closing) strand.set_state(all.final_state, strand.sequence, *s);
@@ -336,15 +327,15 @@ template <class E> void backward(const Arguments& all) {
     std::vector<R> sums(pieces.size() * 2 * all.channels);  // gradients of u and w, a piece at a time
     each<E>(all, pieces, [&](int64_t i, const auto& strand) {
         const Piece& piece = pieces[i];
-        X first{}, decay{}, scale;
+        X first{}, decay{};
         Adjoint<X> adjoint = after(i, strand);
         strand.backward(adjoint, piece.from, piece.to, first, decay);
         strand.set_row(&sums[0], 2 * i, first);
         strand.set_row(&sums[0], 2 * i + 1, decay);
         if (piece.from > 0) return;
-        strand.initial(scale);
-        if (strand.time == 0) scale = X{} + 1;
-        strand.set_state(all.grad_initial, piece.sequence, {adjoint.a * scale, adjoint.b * scale, X{}});
+        const auto none = strand.state(all.state, piece.sequence).b == 0;  // no history, so no gradient
+        if (strand.time > 0) adjoint = {select_(none, X{}, adjoint.a), select_(none, X{}, adjoint.b)};
+        strand.set_state(all.grad_initial, piece.sequence, {adjoint.a, adjoint.b, X{}});
     });
     each<E>(all, {pieces[0]}, [&](int64_t, const auto& strand) {
         X first{}, decay{};

@@ -19,7 +19,7 @@
 namespace wkv4 {
 
 // Exponents are powers of 2, which is what the hardware computes: e^x is here 2^(x log2 e).
-constexpr float EMPTY_EXPONENT = -1.4426950e38f, BONUS_LIMIT = 60, LN2 = 1, LOG2E = 1.4426950408889634f;
+constexpr float EMPTY_EXPONENT = -1.4426950e38f, LOG2E = 1.4426950408889634f;
 constexpr float FASTEST = 1e6f;  // of a decay: e^-1e6 a step is nothing, and many steps of it are still a number
 constexpr int LANES = 32;
 static_assert(TILE == BACKWARD_STEPS * BACKWARD_WARPS && FORWARD_STEPS * FORWARD_WARPS % TILE == 0 &&
@@ -52,7 +52,6 @@ WKV_INLINE float reciprocal_(float x) {
 WKV_INLINE float precise_exp(float x) { return expf(x); }
 WKV_INLINE float abs_(float x) { return fabsf(x); }
 WKV_INLINE float select_(bool condition, float x, float y) { return condition ? x : y; }
-WKV_INLINE float exponent_(float x) { return float((__float_as_int(fabsf(x)) >> 23) - 127); }
 
 #if CHANNELS == 1
 typedef float Real;
@@ -78,7 +77,6 @@ WKV_INLINE Real abs_(Real a) { return {abs_(a.x), abs_(a.y)}; }
 WKV_INLINE Real max_(Real a, Real b) { return {max_(a.x, b.x), max_(a.y, b.y)}; }
 WKV_INLINE Real min_(Real a, Real b) { return {min_(a.x, b.x), min_(a.y, b.y)}; }
 WKV_INLINE Real reciprocal_(Real a) { return {reciprocal_(a.x), reciprocal_(a.y)}; }
-WKV_INLINE Real exponent_(Real a) { return {exponent_(a.x), exponent_(a.y)}; }
 WKV_INLINE Real select_(Both c, Real a, Real b) { return {select_(c.x, a.x, b.x), select_(c.y, a.y, b.y)}; }
 WKV_INLINE Real select_(bool c, Real a, Real b) { return {select_(c, a.x, b.x), select_(c, a.y, b.y)}; }
 #endif
@@ -206,10 +204,10 @@ struct Strand {
     WKV_INLINE void set_state(float* x, Int i, const State<Real>& s) const {
         set_row(x, 3 * i, s.a), set_row(x, 3 * i + 1, s.b), set_row(x, 3 * i + 2, s.p);
     }
-    WKV_INLINE State<Real> initial(Real& scale) const {
+    WKV_INLINE State<Real> initial() const {
         State<Real> s = state(all.state, sequence);
         s.p = s.p * LOG2E;
-        return adopt(s, scale);
+        return adopt(s);
     }
     // Token t of a tensor.
     WKV_INLINE Element* at(Element* x, Int t) const { return x + (begin + t) * all.channels + channel; }
@@ -321,7 +319,7 @@ WKV_INLINE void forward_tile(Tile& tile, State<Real>& carry, Exchange<FORWARD_WA
         if (OUTPUT) {
             const State<Real> before = s;
             const Weights<Real> weights = tile.advance(s, i);
-            tile.write(y, i, output(before, weights.bonus, tile.value(i)));
+            tile.write(y, i, output(before, weights, tile.value(i)));
         }
         if (more) tile.fetch(i);
     }
@@ -337,8 +335,7 @@ template <bool OUTPUT> WKV_INLINE void forward(const Arguments& all) {
 
     State<Real> carry = empty<Real>();
     if (OUTPUT) {
-        Real scale;
-        carry = strand.initial(scale);
+        carry = strand.initial();
         for (Int i = 0; i < strand.piece; ++i) {
             carry = join(carry, strand.w * float(all.length), strand.state(all.sums, strand.sequence * all.pieces + i));
         }
@@ -463,10 +460,9 @@ template <bool OUTPUT> WKV_INLINE void backward(const Arguments& all) {
     strand.set_row(all.grad_vectors, 2 * this_piece, sums.a);
     strand.set_row(all.grad_vectors, 2 * this_piece + 1, sums.b * strand.w * (1 / LOG2E));
     if (strand.opening()) {
-        Real scale;
-        strand.initial(scale);
-        if (strand.time == 0) scale = Real{} + 1;
-        strand.set_state(all.grad_initial, strand.sequence, {carry.a * scale, carry.b * scale, Real{}});
+        const Real b = strand.state(all.state, strand.sequence).b;  // of 0: no history, so no gradient
+        if (strand.time > 0) carry = {select_(b == 0, Real{}, carry.a), select_(b == 0, Real{}, carry.b), Real{}};
+        strand.set_state(all.grad_initial, strand.sequence, {carry.a, carry.b, Real{}});
     }
 }
 

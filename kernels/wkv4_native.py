@@ -1,8 +1,10 @@
-"""How the native implementations of WKV-4 are handed tensors."""
+"""How native code is handed tensors, and when it may be."""
 
 import ctypes
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 class Sequences(ctypes.Structure):
@@ -44,3 +46,24 @@ def fields(kind: type, names: str) -> list[tuple[str, type]]:
 def rows(x: Tensor) -> Tensor:
     """``x`` (B, T, C), copied if its channels do not lie side by side, or its tokens absurdly far apart."""
     return x if x.stride(2) == 1 and x.stride(1) < 2**28 else x.contiguous()
+
+
+def are_at_hand(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors with numbers in memory, and nobody watches what is done with them.
+
+    False in what is traced, compiled or transformed (torch.compile, make_fx, torch.func, forward-mode gradients), for
+    fakes and subclasses, and for a view that negates what is in memory: those need operations of PyTorch.
+    """
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return not watched and not are_transformed() and all(x is None or _is_plain(x) for x in tensors)
+
+
+def are_transformed() -> bool:
+    """Whether torch.func, or a forward-mode derivative, is at work: both need formulas that they can look into."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta and not x.is_neg()

@@ -2,9 +2,9 @@
 //
 // R is what one instruction works on: a float on a GPU, a vector of floats or doubles, one per channel, on a CPU.
 // A state (a, b, p) stands for A = a e^p and B = b e^p (Peng et al. 2023, arXiv:2305.13048, equations 16-18 and
-// appendix D). Before including this, a kernel defines WKV_INLINE, the constants EMPTY_EXPONENT, BONUS_LIMIT and LN2,
-// and for its R: exp_, abs_, max_, min_ (which keep NaN), select_(condition, x, y), reciprocal_ and exponent_ (the whole part
-// of log2 |x|). The unit of exponents need not be that of e, as long as exp_ and the constants agree.
+// appendix D). Before including this, a kernel defines WKV_INLINE, the constant EMPTY_EXPONENT, and for its R: exp_,
+// abs_, max_ (which keeps NaN), select_(condition, x, y) and reciprocal_. The unit of exponents need not be that of e, as
+// long as exp_ agrees.
 
 #pragma once
 
@@ -14,10 +14,10 @@ template <class R> struct State {
     R a, b, p;
 };
 
-// What a token does, relative to the exponent of the state before it (bonus) or after it (past, now):
-//     output = (a + bonus v) / (b + bonus),   a' = past a + now v,   b' = past b + now.
+// The weights of the past and of a token, the larger of which is 1, in the state after it and in its output:
+//     a' = past a + now v,   b' = past b + now,   output = (old a + bonus v) / (old b + bonus).
 template <class R> struct Weights {
-    R past, now, bonus;
+    R past, now, old, bonus;
 };
 
 // The gradient of the loss in the a and b of a state. Scaled as these are, it needs no exponent of its own: each factor
@@ -33,33 +33,32 @@ template <class R> struct Gradient {
 
 template <class R> WKV_INLINE State<R> empty() { return {R{}, R{}, R{} + EMPTY_EXPONENT}; }
 
-// A state as somebody else wrote it. Without a denominator there is no history, whatever p says. One far from 1 would
-// meet BONUS_LIMIT: `scale`, elsewhere 1 (and 0 without a history), is what a and b were multiplied by.
-template <class R> WKV_INLINE State<R> adopt(State<R> state, R& scale) {
-    const R zero = R{}, none = zero + EMPTY_EXPONENT, size = exponent_(state.b);
-    const R far = select_(abs_(size) > 30, min_(max_(size, zero - 100), zero + 100) * LN2, zero);
-    scale = select_(state.b == 0, zero, exp_(-far));
-    return {state.a * scale, state.b * scale, select_(state.b == 0, none, state.p + far)};
+// A state as somebody else wrote it: without a denominator there is no history, whatever p says.
+template <class R> WKV_INLINE State<R> adopt(const State<R>& state) {
+    const R zero = R{}, none = zero + EMPTY_EXPONENT;
+    return {select_(state.b == 0, zero, state.a), state.b, select_(state.b == 0, none, state.p)};
 }
 
 // The weights of two terms with exponents p and k, of which the larger is 1; p becomes the larger exponent.
-template <class R> WKV_INLINE Weights<R> balance(R& p, R k) {
+template <class R> WKV_INLINE void balance(R& p, R k, R& of_p, R& of_k) {
     const R one = R{} + 1, gap = k - p, smaller = exp_(-abs_(gap));
     p = max_(p, k);
-    return {select_(gap > 0, smaller, one), select_(gap > 0, one, smaller), R{}};
+    of_p = select_(gap > 0, smaller, one);
+    of_k = select_(gap > 0, one, smaller);
 }
 
-// The weights of a token with key k; p moves from before it to after it. Beyond BONUS_LIMIT the past no longer shows.
+// The weights of a token with key k; p moves from before it to after it.
 template <class R> WKV_INLINE Weights<R> weigh(R w, R u, R k, R& p) {
-    const R bonus = exp_(min_(u + k - p, R{} + BONUS_LIMIT));
+    Weights<R> weights;
+    R scale = p;
+    balance(scale, u + k, weights.old, weights.bonus);
     p = p + w;
-    Weights<R> weights = balance(p, k);
-    weights.bonus = bonus;
+    balance(p, k, weights.past, weights.now);
     return weights;
 }
 
-template <class R> WKV_INLINE R output(const State<R>& before, R bonus, R v) {
-    return (before.a + bonus * v) * reciprocal_(before.b + bonus);
+template <class R> WKV_INLINE R output(const State<R>& before, const Weights<R>& weights, R v) {
+    return (weights.old * before.a + weights.bonus * v) * reciprocal_(weights.old * before.b + weights.bonus);
 }
 
 template <class R> WKV_INLINE void absorb(State<R>& state, const Weights<R>& weights, R v) {
@@ -69,10 +68,10 @@ template <class R> WKV_INLINE void absorb(State<R>& state, const Weights<R>& wei
 
 // The state after a run of tokens that began at `before`: `run` is what the run adds up to from an empty start,
 // `decay` is its number of steps times w.
-template <class R> WKV_INLINE State<R> join(State<R> before, R decay, const State<R>& run) {
-    before.p = before.p + decay;
-    const Weights<R> weights = balance(before.p, run.p);
-    return {weights.past * before.a + weights.now * run.a, weights.past * before.b + weights.now * run.b, before.p};
+template <class R> WKV_INLINE State<R> join(const State<R>& before, R decay, const State<R>& run) {
+    R past, now, p = before.p + decay;
+    balance(p, run.p, past, now);
+    return {past * before.a + now * run.a, past * before.b + now * run.b, p};
 }
 
 // What the first `count` of up to STEPS tokens add up to, from an empty start: weighed against the heaviest, so that no
@@ -103,8 +102,8 @@ template <class R> WKV_INLINE Adjoint<R> join(const Adjoint<R>& run, R past, con
 // The adjoint moves from after a token to before it: only what the output's gradient gy and the past contribute.
 template <class R>
 WKV_INLINE void retreat(const State<R>& before, const Weights<R>& weights, R v, R gy, Adjoint<R>& adjoint) {
-    const R over = reciprocal_(before.b + weights.bonus), g = gy * over;
-    const R y = (before.a + weights.bonus * v) * over;
+    const R over = reciprocal_(weights.old * before.b + weights.bonus), g = weights.old * (gy * over);
+    const R y = (weights.old * before.a + weights.bonus * v) * over;
     adjoint.a = weights.past * adjoint.a + g;
     adjoint.b = weights.past * adjoint.b - g * y;
 }
@@ -113,8 +112,8 @@ WKV_INLINE void retreat(const State<R>& before, const Weights<R>& weights, R v, 
 template <class R>
 WKV_INLINE Gradient<R> differentiate(const State<R>& before, const Weights<R>& weights, R v, R gy,
                                      const Adjoint<R>& after) {
-    const R over = reciprocal_(before.b + weights.bonus), bonus = weights.bonus * (gy * over);
-    const R first = bonus * ((before.b * v - before.a) * over);  // v - y, without the cancellation
+    const R over = reciprocal_(weights.old * before.b + weights.bonus), bonus = weights.bonus * (gy * over);
+    const R first = bonus * (weights.old * (before.b * v - before.a) * over);  // v - y, without the cancellation
     return {first + weights.now * (v * after.a + after.b), bonus + weights.now * after.a, first,
             weights.past * (before.a * after.a + before.b * after.b)};
 }

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from wkv4_cases import DIFFERENTIABLE, agree, bounds, device_of, differentiate, leaves, make, readout, require, runner
 
 from rwkv_kernels import loader, wkv4, wkv4_cpu, wkv4_cuda
@@ -83,6 +85,73 @@ def test_where_time_is_cut_the_bits_are_still_those_of_a_sequence_alone(monkeypa
     alone = x | {"key": x["key"][:, begin:end], "value": x["value"][:, begin:end], "state": x["state"][1:2]}
     agree(wkv4.wkv4(**alone | {"cu_seqlens": None}, backend="cpu"), (output[:, begin:end], state[1:2]), exact=True)
     agree(wkv4.wkv4(**alone | {"cu_seqlens": bounds((2500,))}, backend="cpu")[0], output[:, begin:end], exact=True)
+
+
+@native
+def test_a_view_that_negates_memory_is_read_as_it_looks(backend):
+    x = case(31, backend)
+    negated = {name: torch._neg_view(-x[name]) for name in ("key", "value", "time_first")}
+    agree(wkv4.wkv4(**x | negated, backend=backend), wkv4.wkv4(**x, backend=backend), exact=True)
+    inputs = leaves(x, ("value",))
+    output, _ = wkv4.wkv4(**inputs, backend=backend)
+    ones = torch.ones_like(output)
+    for gradient in (torch._neg_view(ones), -ones):
+        inputs["value"].grad = None
+        output.backward(gradient, retain_graph=True)
+        agree(inputs["value"].grad, -torch.autograd.grad(output, inputs["value"], ones, retain_graph=True)[0])
+
+
+@native
+def test_a_traced_call_is_no_constant(backend):
+    x = case(31, backend)
+    traced = make_fx(lambda key: wkv4.wkv4(**x | {"key": key}, backend=backend)[0])(x["key"])
+    agree(traced(x["key"] + 1), wkv4.wkv4(**x | {"key": x["key"] + 1}, backend=backend)[0], exact=True)
+
+
+@native
+def test_derivatives_forwards_and_of_functions_are_those_of_autograd(backend):
+    x = case(31, backend)
+    inputs = leaves(x, ("key",))
+    wkv4.wkv4(**inputs, backend=backend)[0].sum().backward()
+    functional = torch.func.grad(lambda key: wkv4.wkv4(**x | {"key": key}, backend=backend)[0].sum())(x["key"])
+    agree(functional, inputs["key"].grad)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = x | {"key": forward_ad.make_dual(x["key"], torch.ones_like(x["key"]))}
+        tangent = forward_ad.unpack_dual(wkv4.wkv4(**dual, backend=backend)[0]).tangent
+    agree(tangent.sum(), inputs["key"].grad.sum())
+
+
+@native
+@pytest.mark.parametrize("b", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_a_past_of_any_weight_is_weighed_as_it_is(backend, b):
+    """In the output and in the gradients of the state, beside the reference in float64."""
+    x = case(2, backend, batch=1, channels=4)
+    x["state"] = torch.stack([x["value"][:, 0] * b, x["value"][:, 0] * 0 + b, x["key"][:, 0]], dim=1)
+    output, end, grads = differentiate(x, runner(backend))
+    double = {name: t if t is None else t.double().cpu() for name, t in x.items()}
+    expected, expected_end, expected_grads = differentiate(double, lambda x: wkv4.wkv4_reference(**x))
+    agree(output.double().cpu(), expected, dtype=torch.float32)
+    agree(readout(end).double().cpu(), readout(expected_end), dtype=torch.float32)
+    agree(grads["state"].double().cpu() * b, expected_grads["state"] * b, dtype=torch.float32)
+
+
+@native
+def test_the_gradient_of_a_token_fades_with_the_gap_to_the_next_key(backend):
+    x = case(2, backend, batch=1, channels=3) | {"state": None}
+    x["key"][:, 0], x["key"][:, 1] = 0.0, torch.tensor([10.0, 45.0, 60.0], device=x["key"].device)
+    x["time_first"] = torch.zeros_like(x["time_first"])
+    inputs = leaves(x | {"state": torch.zeros(1, 3, 3, device=x["key"].device)}, ("value",))
+    output, _ = wkv4.wkv4(**inputs, backend=backend)
+    output[:, 1].sum().backward()
+    share = torch.tensor([10.0, 45.0, 60.0], dtype=torch.float64).neg().exp()
+    torch.testing.assert_close(inputs["value"].grad[0, 0].double().cpu(), share / (1 + share), rtol=1e-4, atol=0)
+
+
+@native
+def test_a_value_may_be_as_large_as_its_dtype_allows(backend):
+    x = case(1, backend, batch=1) | {"state": None}
+    x["value"] = torch.full_like(x["value"], 1e37)
+    agree(wkv4.wkv4(**x, backend=backend)[0], x["value"])
 
 
 @native
