@@ -28,8 +28,8 @@ NO_DEFINES: Mapping[str, str] = MappingProxyType({})
 INSTALL_CUDA = "pip install 'modeling-rwkv[cuda]'"
 
 CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-# Threads matter more than the newest instructions; Apple's clang has no -fopenmp. On Linux the library
-# asks for libgomp.so.1, and the one that torch has mapped answers to that name: one pool of threads,
+# Threads matter more than the newest instructions; Apple's clang has no -fopenmp. On Linux a library
+# of GCC's asks for libgomp.so.1, and the one that torch has mapped answers to that name: one pool of threads,
 # of the size that torch.set_num_threads says. (A torch that ships libgomp under another name still
 # answers for its symbols, which it puts into the global scope.)
 CPU_TARGETS = tuple(
