@@ -25,6 +25,10 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 T = TypeVar("T")
 
 
+class KernelWarning(RuntimeWarning):
+    """Native kernels are not what they could be: the message says why, and what to do."""
+
+
 def digest(*parts: bytes | str) -> str:
     """A name for these parts, of 32 hexadecimal digits."""
     digests = (hashlib.sha256(part.encode() if isinstance(part, str) else part).digest() for part in parts)
@@ -53,7 +57,7 @@ def obtain(key: str, suffix: str, build: Callable[[Path], None], load: Callable[
 @functools.cache
 def warn_once(message: str) -> None:
     """Once, however many kernels there are."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, KernelWarning, stacklevel=3)
 
 
 def folder_or_reason() -> tuple[Path | None, str]:

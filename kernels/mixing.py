@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_kernels import loader, wkv4_cpu
+from rwkv_kernels.build_cache import KernelWarning
 from rwkv_kernels.wkv4_native import Integer, Pointer, are_at_hand, fields
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # numbered as in mixing_cpu.cpp
@@ -156,7 +157,7 @@ def _can_load() -> bool:
     except loader.Unavailable as error:
         if _wkv_can_load():
             reason = f"Token shift and gates run as plain PyTorch, which is slower: {error}"
-            warnings.warn(reason, RuntimeWarning, stacklevel=5)
+            warnings.warn(reason, KernelWarning, stacklevel=5)
         return False
     return True
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_kernels import loader, wkv4_cpu, wkv4_cuda, wkv4_portable
+from rwkv_kernels.build_cache import KernelWarning
 from rwkv_kernels.wkv4_native import are_at_hand, are_transformed
 
 EMPTY_EXPONENT = wkv4_portable.EMPTY_EXPONENT
@@ -112,7 +113,7 @@ def _tried_to_load(backend: str, index: int | None) -> bool:
     try:
         NATIVE[backend].load(torch.device(backend) if index is None else torch.device(backend, index))
     except loader.Unavailable as error:
-        warnings.warn(f"WKV runs on its slower portable implementation: {error}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"WKV runs on its slower portable implementation: {error}", KernelWarning, stacklevel=5)
         return False
     return True
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from modeling_rwkv import demo_model_path
+from rwkv_kernels.build_cache import KernelWarning
 
 SMALL_MODEL = 30_000_000  # parameters; see _few_threads
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -336,7 +338,10 @@ def _explained(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def quiet(debug: bool = False) -> Iterator[None]:
-    """Without the bars and the advice of transformers, which are for programmers; downloads keep their bars."""
+    """Without the bars and the advice of transformers, which are for programmers.
+
+    Downloads keep their bars, and kernels that cannot be had are told of, in a line on stderr.
+    """
     if debug:
         yield
         return
@@ -349,6 +354,8 @@ def quiet(debug: bool = False) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", KernelWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import modeling_rwkv
 from modeling_rwkv import checkpoints, cli, doctor, generation
 from rwkv_kernels import wkv4
+from rwkv_kernels.build_cache import KernelWarning
 
 VOCAB_SIZE = 257  # every byte, and the end of text
 
@@ -198,6 +199,12 @@ def test_what_transformers_says_is_left_out(copy):
         assert state() == (generation.logging.ERROR, False)
         warnings.warn("advice", stacklevel=1)
     assert state() == (generation.logging.WARNING, True)
+
+
+def test_a_command_tells_of_kernels_that_cannot_be_had_in_one_line(capsys):
+    with generation.quiet():
+        warnings.warn("No compiler. Install one.", KernelWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: No compiler. Install one.\n"
 
 
 @pytest.mark.parametrize("seed", range(5))
