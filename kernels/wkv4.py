@@ -304,10 +304,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None, _: None) -> tuple[Any, ...]:
-        key, state = ctx.saved_tensors[2], ctx.saved_tensors[4]
-        grad_output = torch.zeros_like(key) if grad_output is None else grad_output.resolve_neg()
-        grad_state = torch.zeros_like(state) if grad_state is None else grad_state.resolve_neg()
-        return None, *_run_backward(ctx.backend, grad_output, grad_state, *ctx.saved_tensors), None, None
+        saved = ctx.saved_tensors  # once: checkpoints compute them when they are asked for
+        grad_output = torch.zeros_like(saved[2]) if grad_output is None else grad_output.resolve_neg()
+        grad_state = torch.zeros_like(saved[4]) if grad_state is None else grad_state.resolve_neg()
+        return None, *_run_backward(ctx.backend, grad_output, grad_state, *saved), None, None
 
 
 _OPERATORS = {backend: _operator(backend) for backend in _IMPLEMENTATIONS}

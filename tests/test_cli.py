@@ -616,7 +616,6 @@ def test_doctor_as_json():
         assert cpu["wkv"][dtype] == wkv4.choose_backend(torch.empty(1, 2, 8, dtype=getattr(torch, dtype)))
     assert set(cpu["wkv"].values()) | set(cpu["not_wkv"]) == set(wkv4.BACKENDS)
     assert found["versions"]["torch"] == torch.__version__
-    assert sum(test["seconds"] for test in found["self_test"]) < 2
 
 
 def test_doctor_says_why_an_implementation_does_not_run(monkeypatch):
