@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.loss import chunked_loss
 from modeling_rwkv.packing import Layout, arrange
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
@@ -274,6 +275,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of the next token; the arguments are those of :meth:`RwkvModel.forward`, and:
@@ -282,10 +284,17 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             labels: (B, T) int64, the input ids, or -100 where a token does not count. Every token is scored by the one
                 before it in its sequence, across padding too; the first of a sequence is not scored.
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
+            skip_logits: compute the loss in chunks and return no logits: the same loss in a fraction of the memory,
+                at no cost for labels of -100; see :func:`modeling_rwkv.loss.chunked_loss`.
             kwargs: reach the loss, among them ``num_items_in_batch``, by which their sum is divided instead of their
                 number (the Trainer counts all labels but those of first columns, so first tokens after left padding
                 should be -100).
+
+        Raises:
+            ValueError: an argument that does not fit the others; names it.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True without labels leaves nothing to compute: give labels")
         outputs = self.rwkv(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -300,16 +309,21 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(outputs.last_hidden_state[:, kept])
+        x = outputs.last_hidden_state[:, kept]
+        logits = None if skip_logits else self.head(x)
         loss = None
         if labels is not None:
-            if "shift_labels" not in kwargs:
+            kwargs["vocab_size"] = self.config.vocab_size
+            if kwargs.get("shift_labels") is None:
                 cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
                 layout, _ = arrange(
                     (labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx
                 )
                 kwargs["shift_labels"] = layout.next_labels(labels)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if logits is None:
+                loss = chunked_loss(self.loss_function, self.head, x, **kwargs)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
