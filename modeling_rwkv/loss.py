@@ -31,7 +31,7 @@ def chunked_loss(
 
     A chunk has C positions, so that its logits are about as large as the matrix of the head, which must be in memory
     anyway, as must its gradient; but no fewer than ``FEWEST_POSITIONS``. Gradients of the head's weights are summed
-    over chunks in their own dtype, as gradient accumulation does over batches.
+    over chunks in the dtype of the weights, as gradient accumulation does over batches.
 
     Args:
         loss_function: as transformers' ``ForCausalLMLoss``; it must be a sum over positions once it is given
@@ -56,10 +56,18 @@ def chunked_loss(
         x, labels = x[counts], labels[counts]
 
     def part(x: Tensor, labels: Tensor) -> Tensor:
+        with _autocast_alone(x.device.type):
+            logits = head(x)
         return loss_function(
-            logits=head(x), labels=None, shift_labels=labels, num_items_in_batch=num_items_in_batch, **kwargs
+            logits=logits, labels=None, shift_labels=labels, num_items_in_batch=num_items_in_batch, **kwargs
         )
 
     n = max(FEWEST_POSITIONS, x.shape[-1])
     parts = [checkpoint(part, *chunk, use_reentrant=False) for chunk in zip(x.split(n), labels.split(n), strict=True)]
     return torch.stack(parts).sum()
+
+
+def _autocast_alone(device: str) -> torch.autocast:
+    """Autocast as it is, but every use of a weight with a cast of its own: gradients meet after it, in float32."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)

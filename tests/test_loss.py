@@ -1,5 +1,10 @@
 """Laws of the loss in chunks: it is the loss, with its gradients, in less memory."""
 
+import importlib
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from models import agree, gradients, make, padded, same, text
@@ -159,8 +164,9 @@ def test_dropout_is_the_same_in_both_passes():
     agree((up - down) / (2 * step), grad.square().sum().float(), rtol=1e-2)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision_errs_no_more_than_twice_as_much(autocast):
+@pytest.mark.parametrize(("autocast", "times"), [(False, 2), (True, 1.05)])
+def test_low_precision_errs_hardly_more(autocast, times):
+    """Under autocast, whose weights are float32, no more; bfloat16 weights have gradients summed in bfloat16."""
     exact = make()
     ids = text(4, 40)
     expected = run(exact.train(), input_ids=ids, labels=ids)
@@ -171,7 +177,7 @@ def test_low_precision_errs_no_more_than_twice_as_much(autocast):
             loss, grads = run(model, input_ids=ids, labels=ids, **options)
         errors.append({name: (grad - expected[1][name]).norm().item() for name, grad in grads.items()})
         errors[-1]["loss"] = (loss - expected[0]).abs().item()
-    assert all(error <= 2 * errors[0][name] + 1e-6 for name, error in errors[1].items()), errors
+    assert all(error <= times * errors[0][name] + 1e-6 for name, error in errors[1].items()), errors
 
 
 @pytest.mark.parametrize("batch", ["dense", "prompts"])
@@ -224,3 +230,40 @@ def test_what_cannot_be_computed_is_refused():
         model(ids, skip_logits=True)
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(ids, labels=ids, skip_logits=True, logits_to_keep=3)
+
+
+# The benchmark
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    """The program, to be run in this process: `benchmark(options)` gives its exit code and report."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("measure", "sides", "model", "loss"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    program = importlib.import_module("loss")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+    def run(*options):
+        report = tmp_path / "report.json"
+        argv = [str(folder / "loss.py"), "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--json", str(report)]
+        monkeypatch.setattr(sys, "argv", [*argv, "--plot", str(tmp_path / "plot.png"), *options])
+        return program.main(), json.loads(report.read_text())
+
+    return run
+
+
+def test_the_benchmark_measures_both_ways(benchmark, fewest_positions, tmp_path):
+    code, report = benchmark("--tokens", "96")
+    assert code == 0 and report["agree"]
+    found = report["tokens"]["96"]
+    assert found["peak_bytes"].keys() == found["seconds"].keys() == {"whole", "in chunks"}
+    assert all(of["min"] > 0 for of in found["seconds"].values())
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_measures_nothing_that_differs(benchmark, tmp_path, capsys):
+    code, report = benchmark("--tokens", "96", "--tolerance=-1")
+    assert code == 1 and not report["agree"] and "tokens" not in report
+    assert "seconds" not in capsys.readouterr().out and not (tmp_path / "plot.png").exists()
