@@ -11,6 +11,7 @@ from models import agree, gradients, make, padded, same, text
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import linear
+from transformers import DataCollatorWithFlattening
 
 from modeling_rwkv import loss as loss_module
 
@@ -67,12 +68,20 @@ def prompted(rows, length):
     return {"input_ids": ids, "labels": labels}
 
 
+def flattened(*lengths, **options):
+    rows = [{"input_ids": text(1, n, seed=n)[0].tolist()} for n in lengths]
+    return dict(DataCollatorWithFlattening(**options)(rows))
+
+
 BATCHES = {
     "dense": {"input_ids": text(2, 21), "labels": text(2, 21)},
     "one token counts": {"input_ids": text(1, 2), "labels": text(1, 2)},
     "left padded": rows(5, 1, 19, side="left"),
     "right padded": rows(5, 1, 19),
     "packed": packed(3, 1, 17, 8),
+    "flattened": flattened(3, 1, 17, 8, return_flash_attn_kwargs=True, return_seq_idx=True),
+    "flattened, with lengths": flattened(3, 1, 17, 8, return_flash_attn_kwargs=True, return_position_ids=False),
+    "flattened, with numbers": flattened(3, 1, 17, 8, return_seq_idx=True, return_position_ids=False),
     "prompts": prompted(3, 15),
     "shifted": {"input_ids": text(2, 9), "labels": text(2, 9), "shift_labels": text(2, 9, seed=1)},
     "divided": {"input_ids": text(2, 9), "labels": text(2, 9), "num_items_in_batch": torch.tensor(5)},
@@ -98,7 +107,8 @@ def test_packed_padded_and_separate_rows_have_one_loss():
     items = sum(lengths) - len(lengths)
     separate = [text(1, n, seed=n) for n in lengths]
     alone = sum(model(ids, labels=ids, num_items_in_batch=items).loss for ids in separate)
-    for batch in (packed(*lengths), rows(*lengths), rows(*lengths, side="left")):
+    together = [packed(*lengths), flattened(*lengths), rows(*lengths), rows(*lengths, side="left")]
+    for batch in together:
         agree(model(**batch, skip_logits=True).loss, alone)
 
 
