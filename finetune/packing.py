@@ -9,7 +9,7 @@ packed best-fit, longest first, and never cut again. In a row:
     labels         . a a a . b b . .     (T,) "." is -100: nothing before it to predict it from
 
 This is the convention of transformers' `DataCollatorWithFlattening`, with rows of a fixed length.
-Everything is held in memory, at 4 bytes a token.
+Everything is held in memory, at 4 bytes a token, 5 where some are not to be learned.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,21 @@ class TokenStream:
     """Tokenised documents laid end to end.
 
     tokens: (N,) int32; offsets: (D + 1,) int64, document d is tokens[offsets[d]:offsets[d + 1]].
+    learned: (N,) bool, which tokens are to be predicted; None: all of them.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    learned: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, table: Table) -> "TokenStream":
+        """The lists of a table's column `tokens`, and `learned` if it has one, end to end."""
+        columns = {name: table.with_format("arrow")[name][:].combine_chunks() for name in table.column_names}
+        lengths = np.asarray(columns["tokens"].value_lengths(), dtype=np.int64)
+        flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()}
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(flat["tokens"].astype(np.int32, copy=False), offsets, flat.get("learned"))
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, start_every: int, name: str) -> TokenStream:
@@ -67,10 +78,7 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase, start_eve
         desc=f"Tokenizing {name}",
         keep_in_memory=True,
     )
-    column = table.with_format("arrow")["tokens"][:].combine_chunks()
-    lengths = np.asarray(column.value_lengths(), dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenStream(np.asarray(column.flatten(), dtype=np.int32), offsets)
+    return TokenStream.of(table)
 
 
 def cut(offsets: Sequence[int], block_size: int) -> list[Piece]:
@@ -111,38 +119,49 @@ def pack(pieces: Sequence[Piece], block_size: int) -> list[list[Piece]]:
 class PackedRows(Dataset):
     """Rows of exactly `block_size` tokens: `input_ids`, `position_ids`, `labels`, each (T,) int64.
 
+    With `packing` false every row is one piece of 2 to `block_size` tokens, without `position_ids`.
+
     Raises:
         ValueError: `block_size` is below 2, which leaves nothing to predict.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, pad_token_id: int):
+    def __init__(self, stream: TokenStream, block_size: int, pad_token_id: int, packing: bool = True):
         if block_size < 2:
             raise ValueError(f"block_size is {block_size}; a row needs at least 2 tokens")
         self.tokens = stream.tokens
+        self.learned = stream.learned
         self.block_size = block_size
         self.pad_token_id = pad_token_id
-        self.rows = pack(cut(stream.offsets.tolist(), block_size), block_size)
+        self.packing = packing
+        pieces = cut(stream.offsets.tolist(), block_size)
+        self.rows = pack(pieces, block_size) if packing else [[piece] for piece in pieces]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        input_ids = np.full(self.block_size, self.pad_token_id, dtype=np.int64)
-        position_ids = np.zeros(self.block_size, dtype=np.int64)
-        labels = np.full(self.block_size, IGNORED, dtype=np.int64)
+        row = self.rows[index]
+        size = self.block_size if self.packing else row[0][1]
+        input_ids = np.full(size, self.pad_token_id, dtype=np.int64)
+        position_ids = np.zeros(size, dtype=np.int64)
+        labels = np.full(size, IGNORED, dtype=np.int64)
         used = 0
-        for start, length in self.rows[index]:
-            here = slice(used, used + length)
+        for start, length in row:
+            here, predicted = slice(used, used + length), slice(used + 1, used + length)
             input_ids[here] = self.tokens[start : start + length]
             position_ids[here] = np.arange(length)
-            labels[used + 1 : used + length] = input_ids[used + 1 : used + length]
+            labels[predicted] = input_ids[predicted]
+            if self.learned is not None:
+                labels[predicted][~self.learned[start + 1 : start + length]] = IGNORED
             used += length
-        position_ids[used:] = np.arange(self.block_size - used)
+        position_ids[used:] = np.arange(size - used)
         columns = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        if not self.packing:
+            del columns["position_ids"]
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 
     @property
     def waste(self) -> float:
         """Share of all positions that hold padding."""
         used = sum(length for row in self.rows for _, length in row)
-        return 1 - used / (len(self.rows) * self.block_size)
+        return 1 - used / (len(self.rows) * self.block_size) if self.packing else 0.0

@@ -13,7 +13,10 @@ import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import GenerationConfig
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from rwkv_finetune.packing import PackedRows
+from rwkv_finetune.run import PATHS
 from rwkv_finetune.run_folder import unfinished
 from rwkv_finetune.trainer import RwkvTrainer
 
@@ -24,28 +27,13 @@ CARD = """\
 
 # {name}
 
-An RWKV-4 language model, {layers} layers x {width} wide, {parameters:,} parameters, vocabulary
-{vocabulary:,}, trained from scratch with `python -m rwkv_finetune.pretrain`.
+{introduction}
 
-```python
-import modeling_rwkv  # the RWKV classes for transformers' Auto classes
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
-print(generate("Once upon a time", max_new_tokens=100, do_sample=True)[0]["generated_text"])
-```
+{use}
 
 ## Results
 
-| validation measure | value |
-| --- | --- |
-| loss (nats per token, `<\\|endoftext\\|>` included) | {loss:.4f} |
-| perplexity (per token) | {perplexity:.3f} |
-| bits per byte (text tokens / UTF-8 bytes of the text) | {bits_per_byte:.4f} |
-
-Measured on the weights as they are stored ({dtype}), in rows of {block_size} tokens: what comes
-later in a longer document is read without what came before, so the model that keeps its state
-does a little better than this.
+{results}
 
 ![training and validation loss](loss.png)
 
@@ -69,14 +57,57 @@ The same settings in full (for `--config`; every other one has its default):
 {sources}
 """
 
+USE = """\
+```python
+import modeling_rwkv  # the RWKV classes for transformers' Auto classes
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
+print(generate("Once upon a time", max_new_tokens=100, do_sample=True)[0]["generated_text"])
+```"""
+
+RESULTS = """\
+| validation measure | value |
+| --- | --- |
+{rows}
+
+Measured on the weights as they are stored ({dtype}), in rows of {length} tokens: what comes
+later in a longer document is read without what came before, so the model that keeps its state
+does a little better than this."""
+
+MEASURES = {  # name: (in words, digits)
+    "loss_before": ("loss before training", ".4f"),
+    "loss": ("loss (nats per predicted token, `<\\|endoftext\\|>` included)", ".4f"),
+    "perplexity": ("perplexity (per token)", ".3f"),
+    "bits_per_byte": ("bits per byte (text tokens / UTF-8 bytes of the text)", ".4f"),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a program makes.
+
+    folder: its name in `output_dir`; dtype: of the weights in the file; program and options: what was typed.
+    introduction: says what it is, from `layers`, `width`, `parameters`, `trained`, `vocabulary`, `base`, `program`.
+    use: how it is used; base: the model that it came from.
+    """
+
+    folder: str
+    dtype: str
+    program: str
+    options: str
+    introduction: str
+    use: str
+    base: str | None = None
+
 
 @dataclass
 class CardArguments:
     """What the model card says that the run cannot know."""
 
     model_name: str = field(default="rwkv-4", metadata={"help": "title of the card"})
-    license: str = field(default="apache-2.0", metadata={"help": "of the weights, a Hub id"})
-    language: list[str] = field(default_factory=lambda: ["en"], metadata={"help": "ISO 639-1"})
+    license: str | None = field(default=None, metadata={"help": "of the weights, a Hub id"})
+    language: list[str] = field(default_factory=list, metadata={"help": "ISO 639-1"})
     data_sources: list[str] = field(
         default_factory=list, metadata={"help": "sources of the text, with their licences"}
     )
@@ -107,63 +138,82 @@ def software() -> str:
 def run_facts(trainer: RwkvTrainer) -> dict[str, str]:
     """The training table of the card: name to value."""
     args, state, data = trainer.args, trainer.state, trainer.train_dataset
-    last = state.log_history[-1]
+    logged = {key: value for entry in state.log_history for key, value in entry.items()}
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {
-        "tokens seen": f"{last['num_input_tokens_seen']:,}, padding not counted",
-        "steps": f"{state.global_step:,} of {rows} rows x {data.block_size} tokens",
+    trained = sum(x.numel() for x in trainer.model.parameters() if x.requires_grad)
+    facts = {
+        "trained parameters": f"{trained:,}",
+        "tokens seen": f"{logged['num_input_tokens_seen']:,}, padding not counted",
+        "steps": f"{state.global_step:,} of {rows} rows",
         "epochs": f"{state.epoch:.2f}",
-        "training text": f"{len(data.tokens):,} tokens, {data.waste:.1%} of the rows is padding",
-        "wall time": f"{last['wall_seconds'] / 60:.1f} minutes",
+        "training text": "read as a stream",
+        "wall time": f"{logged['wall_seconds'] / 60:.1f} minutes",
+    }
+    if isinstance(data, PackedRows):
+        facts["steps"] += f" x {data.block_size} tokens" if data.packing else " of one example"
+        facts["training text"] = f"{len(data.tokens):,} tokens, {data.waste:.1%} of the rows is padding"
+    if "tokens_per_second" in logged:
+        facts["speed"] = f"{logged['tokens_per_second']:,.0f} tokens/s, {logged['peak_memory']:.2f} GiB at the peak"
+    if "mfu" in logged:
+        facts["speed"] += f", {logged['mfu']:.1%} of the device's peak"
+    return facts | {
         "hardware": hardware(),
         "software": software(),
-        "precision": f"weights and optimizer in float32, matrix products in {precision}",
+        "precision": f"trained weights and optimizer in float32, matrix products in {precision}",
     }
 
 
 def card_text(
     trainer: RwkvTrainer,
-    dtype: str,
+    product: Product,
     metrics: Mapping[str, float],
     card_args: CardArguments,
     settings: Mapping[str, Any],
-    command: str,
 ) -> str:
     """A model card with the front matter that the Hub reads; for the arguments see `save_result`."""
-    result = EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name="validation text of the run",
-        metric_type="bits_per_byte",
-        metric_value=round(metrics["eval_bits_per_byte"], 4),
-    )
+    measured = {key: metrics[f"eval_{key}"] for key in MEASURES if f"eval_{key}" in metrics}
     front_matter = ModelCardData(
-        language=card_args.language,
+        language=card_args.language or None,
         license=card_args.license,
-        library_name="transformers",
+        library_name="peft" if product.folder == "adapter" else "transformers",
+        base_model=None if product.base is None or Path(product.base).exists() else product.base,
         pipeline_tag="text-generation",
         tags=["rwkv"],
-        model_name=card_args.model_name,
-        eval_results=[result],
+        model_name=card_args.model_name if measured else None,
+        eval_results=[_result(key, value) for key, value in measured.items() if key in ("loss", "bits_per_byte")][-1:],
     )
-    config = trainer.model.config
+    model, config = trainer.model, trainer.model.config
+    rows = "\n".join(f"| {MEASURES[key][0]} | {value:{MEASURES[key][1]}} |" for key, value in measured.items())
+    length = getattr(trainer.eval_dataset, "block_size", None)
     return CARD.format(
         front_matter=front_matter.to_yaml().strip(),
         name=card_args.model_name,
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        parameters=trainer.model.num_parameters(),
-        dtype=dtype,
-        block_size=trainer.train_dataset.block_size,
-        loss=metrics["eval_loss"],
-        perplexity=metrics["eval_perplexity"],
-        bits_per_byte=metrics["eval_bits_per_byte"],
+        introduction=product.introduction.format(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            vocabulary=config.vocab_size,
+            parameters=sum(x.numel() for x in model.parameters()),
+            trained=sum(x.numel() for x in model.parameters() if x.requires_grad),
+            base=product.base,
+            program=product.program,
+        ),
+        use=product.use,
+        results=RESULTS.format(rows=rows, dtype=product.dtype, length=length) if measured else "Not measured.",
         facts="\n".join(f"| {key} | {value} |" for key, value in run_facts(trainer).items()),
-        command=command,
+        command=f"{product.program} {product.options}",
         settings=yaml.safe_dump(dict(settings), sort_keys=False, width=96),
         sources="\n".join(f"- {source}" for source in card_args.data_sources) or "Not stated.",
+    )
+
+
+def _result(measure: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="text",
+        dataset_name="validation text of the run",
+        metric_type=measure,
+        metric_value=round(value, 4),
     )
 
 
@@ -186,33 +236,38 @@ def plot_loss(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 def save_result(
     trainer: RwkvTrainer,
-    dtype: str,
+    product: Product,
     metrics: Mapping[str, float],
     card_args: CardArguments,
     settings: Mapping[str, Any],
-    command: str,
 ) -> Path:
-    """Write `output_dir/model`, all of it or nothing: weights, tokenizer, card, curve.
+    """Write `output_dir/<folder>`, all of it or nothing: weights, tokenizer, card, curve. All processes call it.
 
     Args:
-        dtype: of the weights in the file.
-        metrics: `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` of the final weights.
-        settings: the options of the run, as its `--config` file would give them.
-        command: what was typed.
+        metrics: of the final weights, as `trainer.evaluate` gives them, and `eval_loss_before` if it is known.
+        settings: the options of the run, as its `--config` file would give them; paths are left out.
     """
-    folder = Path(trainer.args.output_dir) / "model"
+    folder = Path(trainer.args.output_dir) / product.folder
     new = unfinished(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model, tokenizer = trainer.model, trainer.processing_class
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.config.use_cache = True  # the Trainer had switched it off
-    model.to(getattr(torch, dtype)).save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    plot_loss(trainer.state.log_history, new / "loss.png")
-    card = card_text(trainer, dtype, metrics, card_args, settings, command)
-    (new / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)
+    if trainer.args.should_save:
+        shutil.rmtree(new, ignore_errors=True)
+        card = card_text(trainer, product, metrics, card_args, without_paths(settings))
+    if product.folder == "model":
+        model.to(getattr(torch, product.dtype))
+    trainer.save_model(str(new))
+    if trainer.args.should_save:
+        (new / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to trust
+        plot_loss(trainer.state.log_history, new / "loss.png")
+        (new / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
     return folder
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in PATHS}

@@ -1,7 +1,9 @@
 """`transformers.Trainer` with what training an RWKV needs, and nothing else changed.
 
 - the paper's optimizer groups and its penalty on large logits (optimizer.py);
+- losses without logits, which would be most of the memory (`skip_logits`);
 - evaluation that counts nats, tokens and bytes instead of averaging averages;
+- speed and memory beside every loss, and an end at the first loss that is no number;
 - checkpoints that are either complete or ignored, whenever the program is killed.
 """
 
@@ -19,10 +21,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from rwkv_finetune.optimizer import largest_logit_penalty, parameter_groups
 from rwkv_finetune.packing import IGNORED
 from rwkv_finetune.run_folder import complete_checkpoints, mark_complete, remove_checkpoint
+from rwkv_finetune.speed import Speedometer, operations_per_token, peak_flops, peak_memory
 
 
 class RwkvTrainer(Trainer):
-    """Trainer for packed rows: `input_ids`, `position_ids` and `labels`, each (B, T).
+    """Trainer for rows of `input_ids` and `labels`, (B, T), with the `position_ids` or mask that keep them apart.
 
     Args:
         logit_penalty: weight of `largest_logit_penalty`; 0 switches it off. The penalty adds
@@ -30,10 +33,18 @@ class RwkvTrainer(Trainer):
         validation_bytes: UTF-8 bytes of the validation texts, for bits per byte.
 
     Metrics of an evaluation, all over the same validation rows:
-        eval_loss: nats per predicted token (text and closing `<|endoftext|>`).
+        eval_loss: nats per predicted token (text or answer, and closing `<|endoftext|>`).
         eval_perplexity: exp(eval_loss).
-        eval_bits_per_byte: nats of the text tokens alone / ln 2 / `validation_bytes`. Exact if
+        eval_bits_per_byte: nats of the text tokens alone / ln 2 / `validation_bytes`, if there are any. Exact if
             every row's document started with `<|endoftext|>`, so that no text token is unscored.
+
+    Logged with every training loss, for the steps since the last one:
+        tokens_per_second: of all processes, padding not counted, evaluation and saving left out.
+        mfu: see speed.py; where the device's peak is known.
+        peak_memory: GiB since the beginning, of this process.
+
+    Raises:
+        FloatingPointError: a loss that is no number: in which step, in which batch of it.
     """
 
     def __init__(
@@ -48,7 +59,6 @@ class RwkvTrainer(Trainer):
             *args,
             processing_class=processing_class,
             compute_metrics=self._metrics,
-            preprocess_logits_for_metrics=self._row_nats,
             **kwargs,
         )
         self.end_of_text = processing_class.eos_token_id
@@ -56,6 +66,9 @@ class RwkvTrainer(Trainer):
         self.validation_bytes = validation_bytes
         self._started = time.monotonic()
         self._earlier_seconds: float | None = None
+        self._speedometer = Speedometer()
+        self._operations = operations_per_token(self.model)
+        self._first_step: int | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]  # the Trainer does the same
@@ -72,7 +85,7 @@ class RwkvTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        inputs = {**inputs, "use_cache": False}
+        inputs = {**inputs, "use_cache": False, "skip_logits": not self.logit_penalty and self.label_smoother is None}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.logit_penalty and model.training:
             penalty = largest_logit_penalty(outputs["logits"], self.logit_penalty)
@@ -80,14 +93,63 @@ class RwkvTrainer(Trainer):
             loss = loss + (penalty - penalty.detach())
         return (loss, outputs) if return_outputs else loss
 
-    def _row_nats(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(B, T, V), (B, T) -> (B, 3) fp32: nats and number of all tokens, nats of text tokens."""
-        rows = []
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Count the batches before the first loss that is no number, on the device: nothing waits for it."""
+        self._speedometer.start()
+        loss = super().training_step(*args, **kwargs)
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+            self._speedometer.tokens = self._initial_num_input_tokens_seen
+            self._sound = torch.ones_like(loss, dtype=torch.bool)
+            self._sound_batches = torch.zeros_like(loss, dtype=torch.long)
+        self._sound = self._sound & loss.isfinite()
+        self._sound_batches = self._sound_batches + self._sound
+        return loss
+
+    def _stop_on_nan(self) -> None:
+        if self._first_step is None or self._sound:
+            return
+        steps, batch = divmod(int(self._sound_batches), self.args.gradient_accumulation_steps)
+        raise FloatingPointError(
+            f"the loss of step {self._first_step + steps + 1}, batch {batch + 1} of it, is not a number; "
+            "lower the learning rate, look at the data of that batch, and start again in another output_dir"
+        )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The mean loss, and for each row (B, 3) fp32: nats and number of all tokens, nats of text tokens.
+
+        Nats of text tokens need logits, and are 0 without `validation_bytes`.
+        """
+        inputs = self._prepare_inputs({**inputs, "use_cache": False})
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.validation_bytes:
+                logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
+                nats, text_nats = self._nats(logits, labels)
+            else:
+                rows = [
+                    {k: x[i : i + 1] if torch.is_tensor(x) else x for k, x in inputs.items()}
+                    for i in range(len(labels))
+                ]
+                losses = [model(**row, skip_logits=True, num_items_in_batch=1).loss for row in rows]
+                nats, text_nats = torch.stack(losses).float(), labels.new_zeros(len(labels))
+        tokens = (labels[:, 1:] != IGNORED).sum(1)
+        return nats.sum() / tokens.sum(), torch.stack([nats, tokens, text_nats], dim=1), tokens
+
+    def _nats(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, V), (B, T) -> (B,), (B,) fp32: nats of each row, and of its text alone."""
+        nats, text_nats = [], []
         for row, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
-            nats = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
-            text = (target != IGNORED) & (target != self.end_of_text)
-            rows.append(torch.stack([nats.sum(), (target != IGNORED).sum(), (nats * text).sum()]))
-        return torch.stack(rows)
+            losses = F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
+            nats.append(losses.sum())
+            text_nats.append((losses * (target != self.end_of_text)).sum())
+        return torch.stack(nats), torch.stack(text_nats)
 
     def _metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         nats, tokens, text_nats = evaluation.predictions.astype("float64").sum(axis=0).tolist()
@@ -98,26 +160,35 @@ class RwkvTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's mean over rows gives a short row the weight of a full one: replace it."""
+        self._speedometer.stop()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_nats_per_token")
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds since the run began, earlier sessions included; stop on NaN."""
+        """Add speed, memory, and the seconds since the run began, earlier sessions included; stop on NaN."""
         if self._earlier_seconds is None:
             seconds = [entry.get("wall_seconds", 0.0) for entry in self.state.log_history]
             self._earlier_seconds = max(seconds, default=0.0)
         logs["wall_seconds"] = self._earlier_seconds + time.monotonic() - self._started
+        if "loss" in logs:
+            logs |= self._speed()
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the training loss is {logs['loss']} at step {self.state.global_step}; "
-                "lower the learning rate and start again in another output_dir"
-            )
+        self._stop_on_nan()
+
+    def _speed(self) -> dict[str, float]:
+        measured = {"peak_memory": peak_memory(self.args.device) / 2**30}
+        if speed := self._speedometer.read(self.state.num_input_tokens_seen):
+            measured["tokens_per_second"] = speed
+            if peak := peak_flops(self.args.device):
+                measured["mfu"] = speed * self._operations / peak / self.args.world_size
+        return measured
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything, then the mark that it is complete; only then remove older ones."""
+        self._stop_on_nan()
+        self._speedometer.stop()
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -1,0 +1,142 @@
+"""What every training program does around its model and its data: options, folder, checkpoints, result.
+
+arguments -> claim the folder -> data and model -> train from the newest checkpoint -> evaluate -> save
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from rwkv_finetune.arguments import Refusal
+from rwkv_finetune.run_folder import complete_checkpoints, sha256
+from rwkv_finetune.trainer import RwkvTrainer
+
+# With the contents of the files and the model's own options, what decides the weights that come out.
+RECIPE = {
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "logit_penalty", "seed", "data_seed", "bf16", "fp16"),
+}
+FILES = ("train_file", "validation_file")
+PATHS = {*FILES, "output_dir", "logging_dir", "resume_from_checkpoint"}
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """TrainingArguments with the optimizer of the paper, and with what these programs rely on."""
+
+    output_dir: str = field(metadata={"help": "folder to create, or to continue in"})
+    adam_beta2: float = field(default=0.99, metadata={"help": "beta2 of Adam"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, linear, ..."})
+    report_to: str = field(default="tensorboard", metadata={"help": "where curves go"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "which tokens count as seen"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide a NaN loss"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "must stay false: rows leak without position_ids"}
+    )
+    logit_penalty: float = field(
+        default=0.0, metadata={"help": "weight of the penalty on each position's largest logit"}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, bf16 is refused on a CPU
+        super().__post_init__()
+
+
+def prepare(args: RunArguments, smallest: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse what cannot work, such as an option below its least value, given as name: (value, least)."""
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    rows = {"per_device_train_batch_size": (args.per_device_train_batch_size, 1)}
+    for name, (value, least) in {**smallest, **rows}.items():
+        if value < least:
+            raise Refusal(f"{name} is {value}; it must be at least {least}")
+    if args.remove_unused_columns:
+        raise Refusal("remove_unused_columns must be false: rows need their position_ids")
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise Refusal(f"resume_from_checkpoint: there is no folder {args.resume_from_checkpoint}")
+
+
+def recipe(args: RunArguments, *groups: Any) -> dict[str, Any]:
+    """Everything that decides the result, of these dataclasses: files by content, not by name."""
+    options = {key: value for group in groups for key, value in asdict(group).items()}
+    files = {key: options[key] for key in FILES if options.get(key)}
+    hashes = {
+        f"{key.removesuffix('_file')}_sha256": sha256(path) for key, path in files.items() if Path(path).is_file()
+    }
+    names = {key: path for key, path in files.items() if not Path(path).is_file()}
+    return {
+        **{key: value for key, value in options.items() if key not in PATHS},
+        **{key: value for key, value in args.to_dict().items() if key in RECIPE},
+        "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        **hashes,
+        **names,
+    }
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that can end a document and pad a row, with its end of text if need be.
+
+    Raises:
+        Refusal: there is none, or it cannot end a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"no tokenizer can be loaded from {name}; name a folder with tokenizer.json") from error
+    if tokenizer.eos_token_id is None:
+        raise Refusal(f"the tokenizer in {name} has no end-of-text token; give it one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_disk(model: nn.Module, args: RunArguments) -> None:
+    """Refuse to train what cannot be saved: the checkpoints that are kept, the next one, and the result.
+
+    A checkpoint has what is trained three times in float32, for the weights and the two averages of Adam.
+    """
+    trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    kept = (args.save_total_limit or 1) + 1 + bool(args.load_best_model_at_end)
+    checkpoints = 0 if args.save_strategy == "no" else kept
+    needed = 4 * trained * (3 * checkpoints + 1)
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise Refusal(
+            f"output_dir {args.output_dir} has {free / 1e9:.1f} GB free, but {checkpoints} checkpoints and the result "
+            f"need about {needed / 1e9:.1f} GB; choose another disk, or a smaller save_total_limit"
+        )
+
+
+def train_to_the_end(trainer: RwkvTrainer, say: Callable[[str], None]) -> None:
+    """Train to the end, from the checkpoint that was asked for, else from the newest complete one."""
+    args = trainer.args
+    checkpoints = [str(path) for path in complete_checkpoints(Path(args.output_dir))]
+    start = args.resume_from_checkpoint or next(reversed(checkpoints), None)
+    if not start:
+        check_disk(trainer.model, args)
+        trainer.train()
+        return
+    say(f"continuing from {start}")
+    args.eval_on_start = False
+    state = TrainerState.load_from_json(str(Path(start) / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=start)
+        return
+    trainer.state = state  # the Trainer would take one more step
+    trainer._load_from_checkpoint(start)
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        trainer._load_best_model()
+
+
+def printer(args: RunArguments) -> Callable[[str], None]:
+    """`print`, in one of the processes."""
+    return print if args.should_save else lambda text: None

@@ -1,0 +1,126 @@
+"""Rows of a file, a folder or a data set of the Hub, through `datasets`, and where each of them stands.
+
+    JSONL, JSON (an array), CSV, Parquet      a row each
+    .txt                                      documents between lines `<|endoftext|>`, as rows `text`
+    a folder                                  of such files, or what `save_to_disk` wrote
+    anything else                             an id of the Hub
+
+Cells of a CSV are text, whatever they look like.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import ArrowException  # type: ignore[import-untyped]
+
+from rwkv_eval.documents import read_documents
+from rwkv_finetune.arguments import Refusal
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+UNREADABLE = (DatasetGenerationError, ArrowException, UnicodeDecodeError, StopIteration)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows by column name, and what to call them when one is wrong."""
+
+    name: str
+    rows: Rows
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns; a stream that does not know them is asked for its first row."""
+        return self.rows.column_names or list(next(iter(self.rows), {}))
+
+    def place(self, index: int) -> str:
+        """Of the row `index`, from 0: `train.jsonl, row 3 (line 4)`."""
+        place = f"{self.name}, row {index + 1}"
+        if Path(self.name).suffix == ".jsonl" and Path(self.name).is_file():
+            with open(self.name, encoding="utf-8") as file:
+                filled = (number for number, line in enumerate(file, 1) if line.strip())
+                place += f" (line {next(number for n, number in enumerate(filled) if n == index)})"
+        return place
+
+
+def open_source(name: str, split: str = "train", subset: str | None = None, streaming: bool = False) -> Source:
+    """The rows of `name`; `split` and `subset` choose among those of a folder or of a data set of the Hub.
+
+    Raises:
+        Refusal: nothing of that name, of a format that is not known, or of what a file promised; no rows.
+    """
+    path = Path(name)
+    if not path.exists() and (path.suffix in BUILDERS or path.is_absolute() or name.count("/") != 1):
+        raise Refusal(f"there is no file or folder {name}; check the path")
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise Refusal(f"{name} ends in {path.suffix or 'nothing'}; known are {', '.join(BUILDERS)}")
+    try:
+        rows = _load(path, name, split, subset, streaming)
+        if next(iter(rows), None) is None:
+            raise Refusal(f"{name} holds no rows; is it the right file?")
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise Refusal(f"there is no file, folder or data set of the Hub {name}, or the Hub is out of reach") from error
+    except (ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            raise Refusal(f"{name} holds no rows; is it the right file?") from error
+        raise Refusal(f"cannot read {name}: {error}") from error
+    return Source(name, rows)
+
+
+def _load(path: Path, name: str, split: str, subset: str | None, streaming: bool) -> Rows:
+    if path.is_dir() and (path / "state.json").exists():
+        return datasets.load_from_disk(name)
+    if not path.is_file():
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    builder = BUILDERS[path.suffix]
+    options: dict[str, Any] = {}
+    if builder == "text":
+        rows = datasets.IterableDataset.from_generator(_documents, gen_kwargs={"path": name})
+        return rows if streaming else datasets.Dataset.from_list(list(rows))
+    if builder == "csv":
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file), [])
+        options = {
+            "features": datasets.Features({column: datasets.Value("string") for column in header}),
+            "na_filter": False,  # "NA" and "null" are words, too
+        }
+    return datasets.load_dataset(builder, data_files=name, split="train", streaming=streaming, **options)
+
+
+def _documents(path: str) -> Any:
+    for text in read_documents(path):
+        yield {"text": text}
+
+
+def unreadable(name: str, error: BaseException) -> Refusal:
+    """Why `name` could not be read: for JSONL the line, where `datasets` names a place in a block."""
+    if Path(name).suffix == ".jsonl" and Path(name).is_file():
+        kinds: dict[str, type] = {}
+        with open(name, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip() and (wrong := _wrong(line, kinds)):
+                    return Refusal(f"{name}, line {number}: {wrong}")
+    if Path(name).is_file() and not Path(name).stat().st_size:
+        return Refusal(f"{name} is empty; is it the right file?")
+    return Refusal(f"cannot read {name}: {error.__cause__ or error}")
+
+
+def _wrong(line: bytes, kinds: dict[str, type]) -> str | None:
+    """What keeps a line from being an object of the columns so far, `kinds` by name, which it adds to."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not JSON ({error}); every line must hold one object"
+    if not isinstance(row, dict):
+        return f"expected an object, there is {json.dumps(row)[:40]}"
+    for column, value in row.items():
+        if value is not None and kinds.setdefault(column, type(value)) is not type(value):
+            return f"column {column!r}: expected {kinds[column].__name__} as before, there is {json.dumps(value)[:40]}"
+    return None

@@ -1,0 +1,186 @@
+"""The run that the supervised programs share: a model of the Hub or of a folder, and examples to learn from.
+
+A program gives its own options, a way to make a model trainable, and what comes out: see `Method`.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+
+from modeling_rwkv import RwkvConfig
+from rwkv_finetune.arguments import ProgramParser, Refusal, settings_of
+from rwkv_finetune.data import Data, DataArguments, load_data
+from rwkv_finetune.packing import PackedRows
+from rwkv_finetune.report import CardArguments, Product, save_result
+from rwkv_finetune.run import RunArguments, load_tokenizer, prepare, printer, recipe, train_to_the_end
+from rwkv_finetune.run_folder import claim
+from rwkv_finetune.sources import UNREADABLE, unreadable
+from rwkv_finetune.trainer import RwkvTrainer
+
+
+@dataclass
+class SupervisedArguments(RunArguments):
+    """Measure every epoch, and keep the best."""
+
+    warmup_steps: float = field(default=0.03, metadata={"help": "steps, or below 1 their share, of rising rates"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch; a stream has steps only"})
+    save_strategy: str = field(default="epoch", metadata={"help": "likewise"})
+    eval_on_start: bool = field(default=True, metadata={"help": "measure before the first step"})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "the result is the best, not the last"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
+
+
+class HasModel(Protocol):
+    """The options of a program: dataclasses with this field, among others."""
+
+    model: str
+
+
+Options = TypeVar("Options", bound=HasModel)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Options]):
+    """A way of fine-tuning.
+
+    options: its dataclass, with a field `model`; training: its SupervisedArguments.
+    build: the model to train, from both; finish: what is done to it before it is measured and saved.
+    product: what comes out, from the options and (program, options) as they were typed.
+    """
+
+    description: str
+    options: type[Options]
+    training: type[SupervisedArguments]
+    build: Callable[[Options, SupervisedArguments], torch.nn.Module]
+    finish: Callable[[torch.nn.Module, Options], None]
+    product: Callable[[Options, str, str], Product]
+
+
+def main(method: Method[Any], argv: list[str] | None, prog: str) -> None:
+    """Parse, run, and say in one sentence what is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ProgramParser(
+        (method.options, DataArguments, CardArguments, method.training), prog=prog, description=method.description
+    )
+    options, data_args, card_args, args = parser.parse(argv)
+    try:
+        run(method, options, data_args, card_args, args, prog, shlex.join(argv))
+    except (Refusal, FloatingPointError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(
+    method: Method[Options],
+    options: Options,
+    data_args: DataArguments,
+    card_args: CardArguments,
+    args: SupervisedArguments,
+    program: str,
+    typed: str,
+) -> None:
+    """From parsed arguments to a finished `output_dir`.
+
+    Raises:
+        Refusal: something that was asked for cannot be done.
+    """
+    check(data_args, args)
+    say = printer(args)
+    tokenizer = load_tokenizer(options.model)
+    data = load_data(data_args, tokenizer, args.seed)
+    _say_data(data, data_args, say)
+    with args.main_process_first(desc="output_dir"):
+        claim(Path(args.output_dir), recipe(args, options, data_args))
+    set_seed(args.seed)
+    trainer = RwkvTrainer(
+        model=method.build(options, args),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=data.collate,
+        processing_class=tokenizer,
+        logit_penalty=args.logit_penalty,
+    )
+    try:
+        train_to_the_end(trainer, say)
+    except UNREADABLE as error:  # of a stream
+        raise unreadable(data_args.train_file, error) from error
+    method.finish(trainer.model, options)
+    metrics = trainer.evaluate() if data.validation else {}
+    trainer.save_state()
+    before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), None)
+    if args.eval_strategy != "no" and before is not None:
+        metrics["eval_loss_before"] = before
+    product = method.product(options, program, typed)
+    folder = save_result(trainer, product, metrics, card_args, settings_of(options, data_args, card_args, args))
+    if data_args.streaming:
+        data.warn()
+    if metrics:
+        say(f"{folder}: validation loss {metrics['eval_loss']:.4f}, {before:.4f} before")
+
+
+def check(data_args: DataArguments, args: SupervisedArguments) -> None:
+    """Refuse what cannot work; measure and save at steps where there are no epochs, nothing where there is no set."""
+    if not 0 <= data_args.validation_share < 1:
+        raise Refusal(f"validation_share is {data_args.validation_share}; it must be from 0 up to, but not, 1")
+    prepare(args, {"context_length": (data_args.context_length, 2)})
+    if data_args.streaming:
+        if args.max_steps < 1:
+            raise Refusal("a stream has no end: say with --max_steps how long to train")
+        if data_args.validation_share and not data_args.validation_file:
+            raise Refusal("no share of a stream can be held out; name a validation_file")
+        for name in ("eval_strategy", "save_strategy"):
+            if getattr(args, name) == "epoch":
+                setattr(args, name, type(getattr(args, name))("steps"))
+    if not data_args.validation_file and not data_args.validation_share:
+        args.eval_strategy = type(args.eval_strategy)("no")
+        args.load_best_model_at_end = args.eval_on_start = False
+
+
+def load_model(
+    name: str, args: SupervisedArguments, load_in: str | None = None, frozen: bool = False
+) -> PreTrainedModel:
+    """An RWKV of a folder or of the Hub: in float32, or, where it is frozen and products are in bfloat16, in that.
+
+    Raises:
+        Refusal: there is none, or what there is is no RWKV-4.
+    """
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if not isinstance(config, RwkvConfig):
+            raise Refusal(f"{name} is a model of the type {config.model_type}; these programs train rwkv")
+        dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=_quantization(load_in, dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise Refusal(f"no model can be loaded from {name}: {error}") from error
+    except ImportError as error:
+        raise Refusal(f"load_in {load_in} needs bitsandbytes: pip install bitsandbytes ({error})") from error
+
+
+def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if load_in is None:
+        return None
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _say_data(data: Data, args: DataArguments, say: Callable[[str], None]) -> None:
+    if not isinstance(data.train, PackedRows):
+        say(f"{args.train_file}: read as a stream")
+        return
+    data.warn()
+    rows = f"{len(data.train):,} rows of {args.context_length}" if args.packing else f"{len(data.train):,} rows"
+    held_out = f", {len(data.validation):,} rows to measure on" if data.validation else ""
+    learned = 1 if data.train.learned is None else data.train.learned.mean()
+    say(f"{len(data.train.tokens):,} tokens, {learned:.0%} of them learned, in {rows}{held_out}")
