@@ -100,7 +100,8 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for group in arguments:
         if isinstance(group, TrainingArguments):  # its values change when it is created
-            values, defaults = group.to_dict(), type(group)(output_dir=".").to_dict()
+            shared = {"use_configured_state": True}  # else it would reset what a trainer at work relies on
+            values, defaults = group.to_dict(), type(group)(output_dir=".", accelerator_config=shared).to_dict()
         else:
             values, defaults = asdict(group), _defaults(group)
         settings |= {k: v for k, v in values.items() if v != defaults.get(k, MISSING)}
