@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
+from modeling_rwkv.configuration_rwkv import RwkvConfig
+
 _FORMAT = "rwkv-4-cache"
 _HASH_FACTOR = 6364136223846793005  # Knuth's MMIX multiplier: odd, so that powers of it never vanish
 
@@ -108,6 +110,16 @@ class RwkvCache(Cache):
                 "rest (rows that ended early have read their padding): give only new ids, or no past_key_values"
             )
         return bool(same.all())
+
+    def check_sizes(self, config: RwkvConfig, name: str) -> None:
+        """Raises ValueError, which calls the cache ``name``, if it is not of a model with this configuration."""
+        sizes = len(self.layers), self.layers[0].time_mix.shape[-1], self.layers[0].wkv.shape[-1]
+        expected = config.num_hidden_layers, config.hidden_size, config.attention_hidden_size
+        if sizes != expected:
+            raise ValueError(
+                f"{name} comes from another model: its layers, hidden size and attention size are {sizes}, "
+                f"this model's are {expected}"
+            )
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("an RwkvCache holds no keys and values: give it to an RWKV model as past_key_values")

@@ -21,6 +21,7 @@ class RwkvConfig(PretrainedConfig):
             time; weights stay as they are), so that it stays in range. 0 or less: never.
         tie_word_embeddings: share the weights of embedding and head.
         use_cache: return the recurrent state from ``forward`` outside training.
+        initial_state: sequences begin with a state that is part of the weights, see ``RwkvModel.set_initial_state``.
 
     Raises:
         ValueError: a size that is not a positive whole number, or a ``rescale_every`` that is not a whole number.
@@ -44,6 +45,7 @@ class RwkvConfig(PretrainedConfig):
         rescale_every: int = 6,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
+        initial_state: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -55,6 +57,7 @@ class RwkvConfig(PretrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.rescale_every = rescale_every
         self.use_cache = use_cache
+        self.initial_state = initial_state
         sizes = (
             "vocab_size",
             "hidden_size",

@@ -7,6 +7,7 @@ Symbols: B batch, T positions, C hidden size, A attention hidden size, V vocabul
 """
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from modeling_rwkv.cache import LayerState, RwkvCache
+from modeling_rwkv.chunks import loss_by_chunks
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
 from modeling_rwkv.loss import chunked_loss
-from modeling_rwkv.packing import Layout, arrange
+from modeling_rwkv.packing import IGNORED, Layout, arrange
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
@@ -119,7 +122,26 @@ class RwkvPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _no_split_modules = ["RwkvBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first", "initial_state"]
+
+    def set_initial_state(self, state: RwkvCache | str | os.PathLike | None) -> None:
+        """Begin every sequence with ``state`` of one row, the file of one that :meth:`RwkvCache.save` wrote, or empty.
+
+        It becomes a part of the model, ``initial_state``, that is trained, saved and loaded with it. A cache given as
+        ``past_key_values`` comes before it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is no state, or has several rows, or is of another model.
+        """
+        model = self.base_model
+        if state is not None:
+            state = read_initial_state(state, model.config)
+            model.initial_state = RwkvInitialState(model.config).to(model.embeddings.weight.device)
+            model.initial_state.set(state)
+        elif model.initial_state is not None:
+            model.initial_state = None
+        model.config.initial_state = self.config.initial_state = state is not None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -134,6 +156,8 @@ class RwkvPreTrainedModel(PreTrainedModel):
             _init_linear(module)
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -1e-4, 1e-4)
+        elif isinstance(module, RwkvInitialState):
+            module.set(None)
         else:
             super()._init_weights(module)
 
@@ -146,6 +170,7 @@ class RwkvModel(RwkvPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(RwkvBlock(config, idx) for idx in range(config.num_hidden_layers))
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.initial_state = RwkvInitialState(config) if config.initial_state else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -204,7 +229,7 @@ class RwkvModel(RwkvPreTrainedModel):
         for idx, block in enumerate(self.blocks):
             if output_hidden_states:
                 hidden_states.append(layout.unpack(x) / _scale(self.config, idx, x.dtype))
-            state = [layout.begin(part) for part in past.layers[idx]] if past.layers else []
+            state = self._begin(layout, past, idx, rows, x.dtype)
             x, *after = block(x, layout, *state)
             if use_cache:
                 layers.append(LayerState(*map(layout.end, after)))
@@ -215,6 +240,14 @@ class RwkvModel(RwkvPreTrainedModel):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
         )
 
+    def _begin(self, layout: Layout, past: RwkvCache, idx: int, rows: int, dtype: torch.dtype) -> list[Tensor]:
+        """The parts of a LayerState of block ``idx`` before each sequence, (N, ...); none where all are empty."""
+        if self.initial_state is None:
+            return [layout.begin(part) for part in past.layers[idx]] if past.layers else []
+        new = self.initial_state.layer(idx, dtype)
+        old = past.layers[idx] if past.layers else [part.expand(rows, *part.shape[1:]) for part in new]
+        return [layout.begin(part, fresh) for part, fresh in zip(old, new, strict=True)]
+
     def _checked(self, cache: RwkvCache, rows: int) -> RwkvCache:
         """``cache``, if this model with a batch of ``rows`` can continue from it."""
         if not isinstance(cache, RwkvCache):
@@ -224,17 +257,7 @@ class RwkvModel(RwkvPreTrainedModel):
             )
         if not cache.layers:
             return cache
-        sizes = len(cache.layers), cache.layers[0].time_mix.shape[-1], cache.layers[0].wkv.shape[-1]
-        expected = (
-            self.config.num_hidden_layers,
-            self.config.hidden_size,
-            self.config.attention_hidden_size,
-        )
-        if sizes != expected:
-            raise ValueError(
-                f"past_key_values comes from another model: its layers, hidden size and attention size are {sizes}, "
-                f"this model's are {expected}"
-            )
+        cache.check_sizes(self.config, "past_key_values")
         if cache.batch_size != rows:
             raise ValueError(
                 f"past_key_values has {cache.batch_size} rows but the batch has {rows}: "
@@ -276,6 +299,8 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        chunk_length: int | None = None,
+        carry_gradients: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of the next token; the arguments are those of :meth:`RwkvModel.forward`, and:
@@ -286,6 +311,10 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
             skip_logits: compute the loss in chunks and return no logits: the same loss in a fraction of the memory,
                 at no cost for labels of -100; see :func:`modeling_rwkv.loss.chunked_loss`.
+            chunk_length: compute the loss, and later its gradients, so many tokens at a time, in memory that does not
+                grow with T; returns nothing else. See :func:`modeling_rwkv.chunks.loss_by_chunks`.
+            carry_gradients: let gradients pass from one chunk to those before it, as without chunks; or cut them off,
+                as truncated backpropagation through time does.
             kwargs: reach the loss, among them ``num_items_in_batch``, by which their sum is divided instead of their
                 number (the Trainer counts all labels but those of first columns, so first tokens after left padding
                 should be -100).
@@ -293,8 +322,20 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument that does not fit the others; names it.
         """
-        if skip_logits and labels is None:
-            raise ValueError("skip_logits=True without labels leaves nothing to compute: give labels")
+        layout = None
+        kwargs["vocab_size"] = self.config.vocab_size
+        if labels is not None:
+            cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+            layout, _ = arrange((labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx)
+            if kwargs.get("shift_labels") is None:
+                kwargs["shift_labels"] = layout.next_labels(labels)
+        elif skip_logits or chunk_length is not None:
+            raise ValueError("without labels there is no loss, and so nothing to compute: give labels")
+        if layout is not None and chunk_length is not None:
+            if past_key_values is not None:
+                raise ValueError("chunk_length starts from nothing: give no past_key_values")
+            tokens = input_ids[..., None] if inputs_embeds is None else inputs_embeds
+            return CausalLMOutputWithPast(loss=self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs))
         outputs = self.rwkv(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -312,24 +353,42 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state[:, kept]
         logits = None if skip_logits else self.head(x)
         loss = None
-        if labels is not None:
-            kwargs["vocab_size"] = self.config.vocab_size
-            if kwargs.get("shift_labels") is None:
-                cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
-                layout, _ = arrange(
-                    (labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx
-                )
-                kwargs["shift_labels"] = layout.next_labels(labels)
-            if logits is None:
-                loss = chunked_loss(self.loss_function, self.head, x, **kwargs)
-            else:
-                loss = self.loss_function(logits=logits, labels=labels, **kwargs)
+        if logits is None:
+            loss = chunked_loss(self.loss_function, self.head, x, **kwargs)
+        elif labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _chunked(
+        self,
+        layout: Layout,
+        tokens: Tensor,
+        chunk_length: int,
+        carry_gradients: bool,
+        shift_labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of ids (B, T, 1), or embeddings (B, T, C), read in chunks."""
+        items = (shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+
+        def read(tokens: Tensor, labels: Tensor, bounds: Tensor, past: RwkvCache) -> tuple[Tensor, RwkvCache]:
+            given = {"inputs_embeds": tokens[None]} if tokens.is_floating_point() else {"input_ids": tokens.T}
+            outputs = self.rwkv(**given, cu_seq_lens_q=bounds, past_key_values=past, use_cache=True)
+            hidden = outputs.last_hidden_state
+            return chunked_loss(
+                self.loss_function, self.head, hidden, labels.T, items, **kwargs
+            ), outputs.past_key_values
+
+        rows, length, _ = tokens.shape
+        bounds = torch.arange(rows + 1) * length if layout.cu_seqlens is None else layout.cu_seqlens
+        stream, labels = (layout.pack(x).flatten(0, 1) for x in (tokens, shift_labels[..., None]))
+        return loss_by_chunks(read, stream, labels, bounds, chunk_length, carry_gradients)
 
     def prepare_inputs_for_generation(
         self,

@@ -3,7 +3,7 @@
 Symbols: B rows of T positions, M valid tokens, N sequences, C channels.
 
 A row may hold padding anywhere and several sequences one after the other. The first sequence of a row continues the
-row's cache, the others start empty, and the row's cache continues its last sequence. Blocks compute on a layout:
+row's cache, the others start anew, and the row's cache continues its last sequence. Blocks compute on a layout:
 `Rows` where every position is valid and every row is one sequence, `Packed` for everything else.
 """
 
@@ -27,7 +27,7 @@ class Rows:
     def unpack(self, x: Tensor) -> Tensor:
         return x
 
-    def begin(self, row_state: Tensor) -> Tensor:
+    def begin(self, row_state: Tensor, fresh: Tensor | float = 0) -> Tensor:
         return row_state
 
     def end(self, state: Tensor) -> Tensor:
@@ -82,10 +82,11 @@ class Packed:
         rows = x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1])
         return rows.index_copy(0, self.token.to(x.device), x[0]).view(*self.shape, -1)
 
-    def begin(self, row_state: Tensor) -> Tensor:
-        """States of the rows (B, ...) to states before each sequence (N, ...): all zeros is an empty state."""
+    def begin(self, row_state: Tensor, fresh: Tensor | float = 0) -> Tensor:
+        """States of the rows (B, ...) to states before each sequence (N, ...), of those that do not open a row
+        ``fresh`` (1, ...): all zeros is an empty state."""
         opens = self.opens.to(row_state.device).view(-1, *[1] * (row_state.ndim - 1))
-        return torch.where(opens, row_state[self.row.to(row_state.device)], 0)
+        return torch.where(opens, row_state[self.row.to(row_state.device)], fresh)
 
     def end(self, state: Tensor) -> Tensor:
         """States after each sequence (N, ...) to states of the rows (B, ...)."""
