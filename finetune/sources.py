@@ -63,14 +63,10 @@ def open_source(name: str, split: str = "train", subset: str | None = None, stre
         rows = _load(path, name, split, subset, streaming)
         if next(iter(rows), None) is None:
             raise Refusal(f"{name} holds no rows; is it the right file?")
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise Refusal(f"there is no file, folder or data set of the Hub {name}, or the Hub is out of reach") from error
-    except (ValueError, OSError) as error:
-        if "corresponds to no data" in str(error):
-            raise Refusal(f"{name} holds no rows; is it the right file?") from error
-        raise Refusal(f"cannot read {name}: {error}") from error
+    except (*UNREADABLE, ValueError, OSError) as error:
+        raise unreadable(name, error) from error
     return Source(name, rows)
 
 
@@ -107,8 +103,8 @@ def unreadable(name: str, error: BaseException) -> Refusal:
             for number, line in enumerate(file, 1):
                 if line.strip() and (wrong := _wrong(line, kinds)):
                     return Refusal(f"{name}, line {number}: {wrong}")
-    if Path(name).is_file() and not Path(name).stat().st_size:
-        return Refusal(f"{name} is empty; is it the right file?")
+    if "corresponds to no data" in str(error) or (Path(name).is_file() and not Path(name).stat().st_size):
+        return Refusal(f"{name} holds no rows; is it the right file?")
     return Refusal(f"cannot read {name}: {error.__cause__ or error}")
 
 

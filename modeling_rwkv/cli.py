@@ -5,6 +5,7 @@ torch and transformers take seconds to import, so only the commands do, never th
 """
 
 import errno
+import importlib
 import importlib.metadata
 import io
 import json
@@ -161,7 +162,7 @@ def rwkv(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """RWKV-4 language models: write text, convert checkpoints, check the installation.
+    """RWKV-4 language models: write text, train, convert checkpoints, check the installation.
 
     \b
     Examples:
@@ -324,6 +325,87 @@ def convert(
         _write(f"wrote {file}\n")
     if report.destination.is_dir() and report.tokenizer is None:
         typer.echo("No tokenizer is beside the weights, and to generate needs one: see --tokenizer.", err=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of a PEFT adapter.")],
+    destination: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The adapter's base model. [default: what the adapter says]", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; fewer bits round what was learned.")
+    ] = "float32",
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its model, and write that.
+
+    \b
+    Example:
+      rwkv merge run/adapter merged/
+    """
+    library = _training("rwkv_finetune.merge")
+    try:
+        parameters = library.merge(adapter, destination, base, dtype)
+    except _training("rwkv_finetune.arguments").Refusal as error:
+        raise CommandError(str(error)) from error
+    _write(f"wrote {destination}: {parameters:,} parameters of {dtype}\n")
+
+
+# The training programs have parsers of their own, with the options of transformers.TrainingArguments.
+PROGRAM: Any = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+programs = typer.Typer(rich_markup_mode=None)
+app.add_typer(programs, name="finetune")
+
+
+@programs.callback(invoke_without_command=True)
+def finetune(context: typer.Context) -> None:
+    """Train a model further, on instructions, chats or texts.
+
+    \b
+    Example:
+      rwkv finetune lora --model my-model/ --train_file train.jsonl --output_dir run/
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@programs.command(**PROGRAM)
+def lora(context: typer.Context) -> None:
+    """Train small matrices beside the frozen ones."""
+    _run_program("lora", context)
+
+
+@programs.command(**PROGRAM)
+def full(context: typer.Context) -> None:
+    """Train every parameter."""
+    _run_program("full", context)
+
+
+@app.command(**PROGRAM)
+def pretrain(context: typer.Context) -> None:
+    """Train a model from scratch on a text file."""
+    _run_program("pretrain", context)
+
+
+def _run_program(name: str, context: typer.Context) -> None:
+    _training(f"rwkv_finetune.{name}").main(context.args, prog=context.command_path)
+
+
+def _training(module: str) -> Any:
+    """A module of the training room, whose packages are an extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"training needs {error.name}, which is not installed: pip install modeling-rwkv[finetune]"
+        ) from error
 
 
 @app.command()
