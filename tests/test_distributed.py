@@ -1,0 +1,91 @@
+"""Laws of training in many processes: two do what one does with the same rows, killed and resumed or not."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import agree
+from safetensors.torch import load_file
+
+from modeling_rwkv import RwkvForCausalLM
+from rwkv_finetune import pretrain
+from rwkv_finetune.run_folder import complete_checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "finetune" / "configs"
+LAUNCHED = ROOT / "tests" / "launched.py"
+SAME = {"rtol": 1e-4, "atol": 1e-5}  # six steps of float32 sums in another order
+WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    """Of a training run of six steps, but for its rows per device and its folder."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("texts")
+    for name, documents in (("train", 60), ("validation", 5)):
+        stories = [" ".join(rng.choice(WORDS.split()) for _ in range(rng.randrange(3, 60))) for _ in range(documents)]
+        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    options = {
+        "train_file": folder / "train.txt",
+        "validation_file": folder / "validation.txt",
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "vocab_size": 300,
+        "block_size": 32,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "logit_penalty": 0,
+        "save_dtype": "float32",
+        "disable_tqdm": "true",
+        "report_to": "none",
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory) -> Path:
+    """The folder of a run in one process, with eight rows a step."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    pretrain.main([*options, "--per_device_train_batch_size=8", f"--output_dir={folder}"])
+    return folder
+
+
+def launch(config: str, *program: str | Path) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` a program in two processes on this machine."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", *program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one_though_they_are_killed(config, options, alone, tmp_path):
+    """The curve, from before and after the kill, and the final weights; within SAME."""
+    run = tmp_path / "run"
+    program = ["rwkv_finetune.pretrain", *options, "--per_device_train_batch_size=4", f"--output_dir={run}"]
+    as_if = ["--as-if-gpus"] if config == "fsdp2" else []
+    killed = launch(config, LAUNCHED, *as_if, "--die-at=5", *program)
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-3000:]
+    assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert (run / "checkpoint-4" / "pytorch_model_fsdp.bin").exists() == (config == "fsdp2")
+
+    finished = launch(config, LAUNCHED, *as_if, *program)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert f"continuing from {run / 'checkpoint-4'}" in finished.stdout
+    assert losses(run) == pytest.approx(losses(alone), rel=SAME["rtol"]) and len(losses(run)) == 6
+    agree(load_file(run / "model/model.safetensors"), load_file(alone / "model/model.safetensors"), **SAME)
+    RwkvForCausalLM.from_pretrained(run / "model")
