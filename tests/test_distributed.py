@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,16 +73,24 @@ def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+SHARDED = {"fsdp2": "pytorch_model_fsdp.bin", "zero2": "global_step4", "zero3": "global_step4"}  # in a checkpoint
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install deepspeed")
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
 def test_two_processes_train_like_one_though_they_are_killed(config, options, alone, tmp_path):
     """The curve, from before and after the kill, and the final weights; within SAME."""
     run = tmp_path / "run"
     program = ["rwkv_finetune.pretrain", *options, "--per_device_train_batch_size=4", f"--output_dir={run}"]
-    as_if = ["--as-if-gpus"] if config == "fsdp2" else []
+    as_if = ["--as-if-gpus"] if config in SHARDED else []
     killed = launch(config, LAUNCHED, *as_if, "--die-at=5", *program)
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-3000:]
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
-    assert (run / "checkpoint-4" / "pytorch_model_fsdp.bin").exists() == (config == "fsdp2")
+    found = {path.name for path in (run / "checkpoint-4").iterdir()} & set(SHARDED.values())
+    assert found == ({SHARDED[config]} if config in SHARDED else set())
 
     finished = launch(config, LAUNCHED, *as_if, *program)
     assert finished.returncode == 0, finished.stderr[-3000:]
