@@ -128,7 +128,7 @@ def _stream(
         stream = TokenStream.of(datasets.Dataset.from_dict(dict(batch)))
         packed = _rows(stream, args, tokenizer)
         rows = [packed[i] for i in range(len(packed))]
-        return {name: [row[name].tolist() for row in rows] for name in rows[0]}
+        return {name: [list(map(int, row[name])) for row in rows] for name in rows[0]}
 
     rows = encoder.source.rows.map(encoder, batched=True, with_indices=True, remove_columns=encoder.source.columns)
     rows = rows.shuffle(seed=seed, buffer_size=WINDOW)

@@ -15,6 +15,7 @@ Everything is held in memory, at 4 bytes a token, 5 where some are not to be lea
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ def pack(pieces: Sequence[Piece], block_size: int) -> list[list[Piece]]:
 class PackedRows(Dataset):
     """Rows of exactly `block_size` tokens: `input_ids`, `position_ids`, `labels`, each (T,) int64.
 
-    With `packing` false every row is one piece of 2 to `block_size` tokens, without `position_ids`.
+    With `packing` false every row is one piece of 2 to `block_size` tokens: lists, for a collator that pads, without
+    `position_ids`.
 
     Raises:
         ValueError: `block_size` is below 2, which leaves nothing to predict.
@@ -128,6 +130,7 @@ class PackedRows(Dataset):
     def __init__(self, stream: TokenStream, block_size: int, pad_token_id: int, packing: bool = True):
         if block_size < 2:
             raise ValueError(f"block_size is {block_size}; a row needs at least 2 tokens")
+        self.stream = stream
         self.tokens = stream.tokens
         self.learned = stream.learned
         self.block_size = block_size
@@ -139,7 +142,7 @@ class PackedRows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         size = self.block_size if self.packing else row[0][1]
         input_ids = np.full(size, self.pad_token_id, dtype=np.int64)
@@ -155,9 +158,9 @@ class PackedRows(Dataset):
                 labels[predicted][~self.learned[start + 1 : start + length]] = IGNORED
             used += length
         position_ids[used:] = np.arange(size - used)
-        columns = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         if not self.packing:
-            del columns["position_ids"]
+            return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+        columns = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 
     @property

@@ -23,6 +23,8 @@ from rwkv_finetune.run_folder import claim
 from rwkv_finetune.sources import UNREADABLE, unreadable
 from rwkv_finetune.trainer import RwkvTrainer
 
+BLOCK = 64  # weights that share a scale in bitsandbytes' 4 bits
+
 
 @dataclass
 class SupervisedArguments(RunArguments):
@@ -113,15 +115,16 @@ def run(
     method.finish(trainer.model, options)
     metrics = trainer.evaluate() if data.validation else {}
     trainer.save_state()
-    before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), None)
-    if args.eval_strategy != "no" and before is not None:
+    history = trainer.state.log_history
+    before = next((entry["eval_loss"] for entry in history if entry["step"] == 0 and "eval_loss" in entry), None)
+    if before is not None:
         metrics["eval_loss_before"] = before
     product = method.product(options, program, typed)
     folder = save_result(trainer, product, metrics, card_args, settings_of(options, data_args, card_args, args))
     if data_args.streaming:
         data.warn()
     if metrics:
-        say(f"{folder}: validation loss {metrics['eval_loss']:.4f}, {before:.4f} before")
+        say(f"{folder}: validation loss {metrics['eval_loss']:.4f}" + (f", {before:.4f} before" if before else ""))
 
 
 def check(data_args: DataArguments, args: SupervisedArguments) -> None:
@@ -157,7 +160,7 @@ def load_model(
             raise Refusal(f"{name} is a model of the type {config.model_type}; these programs train rwkv")
         dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=_quantization(load_in, dtype)
+            name, dtype=dtype, quantization_config=_quantization(load_in, dtype, config)
         )
     except (OSError, ValueError) as error:
         raise Refusal(f"no model can be loaded from {name}: {error}") from error
@@ -165,11 +168,15 @@ def load_model(
         raise Refusal(f"load_in {load_in} needs bitsandbytes: pip install bitsandbytes ({error})") from error
 
 
-def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(load_in: str | None, dtype: torch.dtype, config: RwkvConfig) -> BitsAndBytesConfig | None:
     if load_in is None:
         return None
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    widths = {config.hidden_size, config.attention_hidden_size, config.intermediate_size}
+    odd = sorted(width for width in widths if width % BLOCK)
+    if odd and not torch.accelerator.is_available():
+        raise Refusal(f"on a CPU 4bit needs widths in multiples of {BLOCK}, and {odd[0]} is none; use 8bit or a GPU")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

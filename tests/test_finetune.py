@@ -1,0 +1,395 @@
+"""Laws of the fine-tuning programs: what is trained and saved, runs that are stopped, and what users are told."""
+
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import agree, make, same
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from typer.testing import CliRunner
+
+pytest.importorskip("datasets")
+
+import datasets
+from peft import AutoPeftModelForCausalLM, PeftModel
+
+from modeling_rwkv import cli
+from rwkv_finetune import full, lora, pretrain, speed
+from rwkv_finetune.run_folder import complete_checkpoints
+from rwkv_finetune.tokenizer import train_tokenizer
+from rwkv_finetune.trainer import RwkvTrainer
+
+WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
+PROGRAMS = {"lora": lora, "full": full}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    model = make({"vocab_size": 300, "hidden_size": 20, "num_hidden_layers": 2}, bos_token_id=0, eos_token_id=0)
+    model.save_pretrained(folder)
+    train_tokenizer([WORDS] * 3, 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    rng = random.Random(0)
+    rows = [
+        {"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a, b in (rng.sample(WORDS.split(), 2) for _ in range(40))
+    ]
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def words(base: Path, data: Path, output_dir: Path, **options) -> list[str]:
+    """A command line."""
+    settings = {
+        "model": base,
+        "train_file": data,
+        "output_dir": output_dir,
+        "validation_share": 0.2,
+        "context_length": 32,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
+    return [f"--{key}={value}" for key, value in (settings | options).items()]
+
+
+def train(program: str, *arguments, **options) -> Path:
+    """Run a program; the folder of its result."""
+    argv = words(*arguments, **options)
+    PROGRAMS[program].main(argv)
+    return arguments[2] / ("adapter" if program == "lora" else "model")
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory) -> dict[str, Path]:
+    """Results of whole runs; LoRA with the vectors, and with the dropout that a resumed run must draw again."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {
+        "lora": train("lora", base, data, folder / "lora", train_vectors=True, dropout=0.1),
+        "full": train("full", base, data, folder / "full", save_dtype="float32"),
+    }
+
+
+OPTIONS = {"lora": {"train_vectors": True, "dropout": 0.1}, "full": {"save_dtype": "float32"}}
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(result: Path) -> bytes:
+    return next(result.glob("*.safetensors")).read_bytes()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(2, 60)[None]).logits
+
+
+def refusal(program: str, capsys, *arguments, **options) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train(program, *arguments, **options)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+# Results
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_learns_and_says_how_much(program, finished):
+    entries = history(finished[program].parent)
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    card = (finished[program] / "README.md").read_text()
+    assert f"| {losses[0]:.4f} |" in card and f"| {losses[-1]:.4f} |" in card
+    assert (finished[program] / "loss.png").stat().st_size > 0
+    steps = [entry for entry in entries if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 and entry["peak_memory"] > 0 for entry in steps)
+    assert not list(finished[program].glob("*.bin"))
+
+
+def test_an_adapter_is_the_same_however_it_is_loaded(finished, base):
+    """Vectors of the model included: they are no part of PEFT's own format."""
+    adapter = finished["lora"]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    expected = logits(loaded)
+    own = AutoModelForCausalLM.from_pretrained(base)
+    assert (logits(own) - expected).abs().max() > 0.1
+    decay = "rwkv.blocks.0.attention.time_decay"
+    assert (own.get_parameter(decay) - loaded.base_model.model.get_parameter(decay)).abs().max() > 1e-3
+    same(logits(PeftModel.from_pretrained(own, adapter)), expected)
+    same(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
+    generate = pipeline("text-generation", model=str(adapter))
+    same(logits(generate.model), expected)
+    assert generate("the cat", max_new_tokens=3)[0]["generated_text"].startswith("the cat")
+
+
+def test_adapters_are_switched_beside_each_other(base, data, tmp_path):
+    one = train("lora", base, data, tmp_path / "one", max_steps=2, train_vectors=False)
+    two = train("lora", base, data, tmp_path / "two", max_steps=2, train_vectors=False, seed=1, rank=3)
+    alone = {folder: logits(AutoPeftModelForCausalLM.from_pretrained(folder)) for folder in (one, two)}
+    model = AutoPeftModelForCausalLM.from_pretrained(one, adapter_name="one")
+    model.load_adapter(two, "two")
+    for name, folder in (("one", one), ("two", two), ("one", one)):
+        model.set_adapter(name)
+        same(logits(model), alone[folder])
+    with model.disable_adapter():
+        same(logits(model), logits(AutoModelForCausalLM.from_pretrained(base)))
+
+
+@pytest.mark.parametrize("train_vectors", [False, True])
+def test_what_is_frozen_stays_and_training_computes_what_evaluation_does(base, train_vectors):
+    options = lora.LoraArguments(model=str(base), train_vectors=train_vectors)
+    model = lora.adapted(AutoModelForCausalLM.from_pretrained(base), options)
+    trained = [name for name, x in model.named_parameters() if x.requires_grad]
+    assert len(trained) == 2 * 7 * 2 + train_vectors * 2 * 7  # blocks, matrices, A and B; vectors
+    assert not any("head" in name or "embeddings" in name or "ln" in name for name in trained)
+    torch.manual_seed(0)
+    for name, x in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(x, std=0.1)
+    evaluated = logits(model)
+    same(model.train()(torch.arange(2, 60)[None]).logits.detach(), evaluated)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_is_the_adapter_and_its_base(dtype, finished, tmp_path):
+    merged = tmp_path / "merged"
+    result = CliRunner().invoke(cli.app, ["merge", str(finished["lora"]), str(merged), "--dtype", dtype])
+    assert result.exit_code == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert not (merged / "adapter_config.json").exists() and model.dtype == getattr(torch, dtype)
+    assert AutoTokenizer.from_pretrained(merged)("the cat") == AutoTokenizer.from_pretrained(finished["lora"])(
+        "the cat"
+    )
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(finished["lora"]))
+    tolerance = 1e-5 if dtype == "float32" else 0.2
+    agree(logits(model.float()), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("adapter", "no adapter"), ("base", "nowhere"), ("there", "exists")])
+def test_what_cannot_be_merged_is_refused(wrong, said, finished, base, tmp_path):
+    adapter = base if wrong == "adapter" else finished["lora"]
+    options = ["--base", "nowhere"] if wrong == "base" else []
+    out = tmp_path if wrong == "there" else tmp_path / "out"
+    result = CliRunner().invoke(cli.app, ["merge", str(adapter), str(out), *options])
+    assert result.exit_code == 2 and said in result.stderr.splitlines()[-1]
+    assert wrong == "there" or not out.exists()
+
+
+# Runs that are stopped, and runs in other ways
+
+
+class Stopped(BaseException):
+    """Nobody catches it, as nobody catches a kill."""
+
+
+def stopped(step: int, *arguments, **options) -> None:
+    """A run of `train` that ends in the middle of a step."""
+    log = RwkvTrainer.log
+
+    def stop(self, logs, *rest):
+        if self.state.global_step == step and "loss" in logs:
+            raise Stopped
+        log(self, logs, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RwkvTrainer, "log", stop)
+        with pytest.raises(Stopped):
+            train(*arguments, **options)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_stopped_run_continues_to_the_same_bits(program, step, finished, base, data, tmp_path):
+    run = tmp_path / "run"
+    stopped(step, program, base, data, run, **OPTIONS[program])
+    assert len(complete_checkpoints(run)) == (step - 1) // 2
+    assert weights(train(program, base, data, run, **OPTIONS[program])) == weights(finished[program])
+    losses = [[e["loss"] for e in history(folder) if "loss" in e] for folder in (run, finished[program].parent)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_stopped_stream_continues_to_the_same_bits(base, data, tmp_path):
+    options = {"streaming": True, "validation_share": 0, "packing": False, "max_steps": 8}
+    expected = weights(train("full", base, data, tmp_path / "whole", **options))
+    stopped(7, "full", base, data, tmp_path / "run", **options)
+    assert weights(train("full", base, data, tmp_path / "run", **options)) == expected
+
+
+def test_the_best_checkpoint_is_the_result(base, data, tmp_path):
+    """At this rate every step makes it worse; the first evaluation with a checkpoint wins."""
+    result = train("full", base, data, tmp_path / "run", learning_rate=3.0, warmup_steps=0, save_dtype="float32")
+    entries = [e for e in history(tmp_path / "run") if "eval_loss" in e]
+    saved = [e["eval_loss"] for e in entries[1:-1]]
+    assert min(saved) < saved[-1]
+    assert entries[-1]["eval_loss"] == pytest.approx(min(saved), rel=1e-6)
+    assert f"| {min(saved):.4f} |" in (result / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ],
+    ids=["recomputed", "at once", "one by one"],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_other_ways_to_the_same_losses(program, options, base, data, tmp_path):
+    """The loss is divided by the tokens that count in all batches of a step, however they are cut."""
+    losses = losses_of(program, base, data, tmp_path / "usual", packing=False)
+    assert len(losses) == 6
+    assert losses_of(program, base, data, tmp_path / "other", packing=False, **options) == pytest.approx(
+        losses, rel=2e-4
+    )
+
+
+def losses_of(program: str, base: Path, data: Path, output_dir: Path, **options) -> list[float]:
+    """Of three steps, and of evaluations before and after."""
+    both = {"max_steps": 3, "eval_steps": 3, "save_strategy": "no", "load_best_model_at_end": False}
+    train(program, base, data, output_dir, **both | options)
+    return [entry[key] for entry in history(output_dir) for key in ("loss", "eval_loss") if key in entry]
+
+
+def test_a_compiled_model_has_the_same_losses(base, data, tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    losses = losses_of("lora", base, data, tmp_path / "usual")
+    assert losses_of("lora", base, data, tmp_path / "compiled", **compiled) == pytest.approx(losses, rel=2e-4)
+
+
+def test_low_precision_keeps_what_is_trained_in_float32(base, data, tmp_path):
+    result = train("lora", base, data, tmp_path / "run", bf16=True, max_steps=2, train_vectors=True)
+    assert {x.dtype for x in load_file(result / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(batch, base, data, tmp_path, monkeypatch, capsys):
+    calls = []
+    compute_loss = RwkvTrainer.compute_loss
+
+    def compute(self, model, *arguments, **options):
+        calls.append(None)
+        loss = compute_loss(self, model, *arguments, **options)
+        return loss * math.nan if len(calls) == batch else loss
+
+    monkeypatch.setattr(RwkvTrainer, "compute_loss", compute)
+    line = refusal("full", capsys, base, data, tmp_path / "run", logging_steps=50)
+    assert f"step {(batch + 1) // 2}, batch {2 - batch % 2} " in line
+    assert len(complete_checkpoints(tmp_path / "run")) == (batch - 1) // 4  # none with such weights
+
+
+def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100_000))
+    assert "GB free" in refusal("full", capsys, base, data, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "said"),
+    [
+        ("full", {"context_length": 1}, "context_length"),
+        ("full", {"validation_share": 1}, "validation_share"),
+        ("full", {"streaming": True, "max_steps": -1, "validation_share": 0}, "max_steps"),
+        ("full", {"streaming": True}, "validation_file"),
+        ("full", {"train_file": "missing.jsonl"}, "missing.jsonl"),
+        ("full", {"model": "nowhere"}, "nowhere"),
+        ("full", {"remove_unused_columns": True}, "remove_unused_columns"),
+        ("full", {"rank": 3}, "'rank'"),
+        ("lora", {"rank": 0}, "rank"),
+        ("lora", {"targets": "kez"}, "kez"),
+        ("lora", {"load_in": "4bit"}, "multiples of 64"),
+        ("lora", {"save_strategy": "epoch"}, "save"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(program, options, said, base, data, tmp_path, capsys):
+    assert said in refusal(program, capsys, base, data, tmp_path / "run", **options)
+
+
+def test_another_kind_of_model_is_refused(base, data, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "gpt2" in refusal("full", capsys, tmp_path / "other", data, tmp_path / "run")
+
+
+# Speed
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_of_the_matrices(frozen):
+    model = make({"vocab_size": 31, "hidden_size": 20, "num_hidden_layers": 2})
+    matrices = sum(x.numel() for name, x in model.named_parameters() if "embeddings" not in name)
+    model.requires_grad_(not frozen)
+    assert speed.operations_per_token(model) == (4 if frozen else 6) * matrices
+
+
+def test_a_speedometer_leaves_out_what_is_no_training(monkeypatch):
+    clock = iter([10, 12, 100, 103])  # start, stop, start, stop
+    monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
+    meter = speed.Speedometer()
+    meter.start()
+    meter.stop()
+    meter.start()
+    meter.stop()
+    assert meter.read(50) == 10 and meter.read(50) is None
+
+
+# The command
+
+
+@pytest.mark.parametrize("command", [["finetune", "lora"], ["finetune", "full"], ["pretrain"]])
+def test_the_command_runs_the_programs(command, monkeypatch):
+    module = {"lora": lora, "full": full, "pretrain": pretrain}[command[-1]]
+    given = []
+    monkeypatch.setattr(module, "main", lambda argv, prog: given.append((argv, prog)))
+    result = CliRunner().invoke(cli.app, [*command, "--learning_rate=1", "--bf16", "--help"], prog_name="rwkv")
+    assert result.exit_code == 0 and given == [
+        (["--learning_rate=1", "--bf16", "--help"], f"rwkv {' '.join(command)}")
+    ]
+
+
+def test_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "rwkv_finetune.lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = CliRunner().invoke(cli.app, ["finetune", "lora"])
+    assert result.exit_code == 2 and "pip install modeling-rwkv[finetune]" in result.stderr.splitlines()[-1]
+
+
+def test_the_command_lists_the_programs():
+    result = CliRunner().invoke(cli.app, ["finetune"])
+    assert result.exit_code == 0 and "lora" in result.stdout and "full" in result.stdout
