@@ -121,7 +121,7 @@ def run(
     documents, valid_documents = (read_all(path) for path in (data_args.train_file, data_args.validation_file))
     output_dir = Path(training_args.output_dir)
     tokenizer = load_tokenizer(data_args.tokenizer) if data_args.tokenizer else None
-    with training_args.main_process_first(desc="output_dir and tokenizer"):
+    with training_args.main_process_first(local=False, desc="output_dir and tokenizer"):
         claim(output_dir, recipe(training_args, model_args, data_args))
         if tokenizer is None:
             if not (output_dir / "tokenizer").exists():

@@ -96,7 +96,7 @@ def run(
     tokenizer = load_tokenizer(options.model)
     data = load_data(data_args, tokenizer, args.seed)
     _say_data(data, data_args, say)
-    with args.main_process_first(desc="output_dir"):
+    with args.main_process_first(local=False, desc="output_dir"):
         claim(Path(args.output_dir), recipe(args, options, data_args))
     set_seed(args.seed)
     trainer = RwkvTrainer(
