@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from rwkv_finetune.run_folder import complete_checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "finetune" / "configs"
 LAUNCHED = ROOT / "tests" / "launched.py"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SAME = {"rtol": 1e-4, "atol": 1e-5}  # six steps of float32 sums in another order
 WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
 
@@ -61,12 +63,15 @@ def alone(options, tmp_path_factory) -> Path:
     return folder
 
 
+def command(config: str, *options: str | Path) -> list[str | Path]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    return [*launcher, "--config_file", CONFIGS / f"{config}.yaml", *options]
+
+
 def launch(config: str, *program: str | Path) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` a program in two processes on this machine."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
-    command += ["--num_processes", "2", "--main_process_port", "0", *program]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    words = command(config, "--main_process_port", "0", *program)
+    return subprocess.run(words, capture_output=True, text=True, timeout=200, env=ONE_THREAD, check=False)
 
 
 def losses(run: Path) -> list[float]:
@@ -99,6 +104,28 @@ def test_two_processes_train_like_one_though_they_are_killed(config, options, al
     assert losses(run) == pytest.approx(losses(alone), rel=SAME["rtol"]) and len(losses(run)) == 6
     agree(load_file(run / "model/model.safetensors"), load_file(alone / "model/model.safetensors"), **SAME)
     RwkvForCausalLM.from_pretrained(run / "model")
+
+
+def test_two_machines_train_like_one(options, alone, tmp_path):
+    """Both are this one, with one process each; they share the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = ["--num_machines=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    program = ["-m", "rwkv_finetune.pretrain", *options, "--per_device_train_batch_size=4"]
+    logs = [tmp_path / f"machine-{rank}.log" for rank in (0, 1)]
+    machines = []
+    for rank, log in enumerate(logs):
+        words = command("ddp", *where, f"--machine_rank={rank}", *program, f"--output_dir={tmp_path / 'run'}")
+        with log.open("w") as file:
+            machines.append(subprocess.Popen(words, stdout=file, stderr=file, env=ONE_THREAD))
+    try:
+        codes = [machine.wait(timeout=200) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert codes == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=SAME["rtol"])
 
 
 def test_two_processes_train_an_adapter_like_one(tmp_path):
