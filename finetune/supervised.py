@@ -23,8 +23,6 @@ from rwkv_finetune.run_folder import claim
 from rwkv_finetune.sources import UNREADABLE, unreadable
 from rwkv_finetune.trainer import RwkvTrainer
 
-BLOCK = 64  # weights that share a scale in bitsandbytes' 4 bits
-
 
 @dataclass
 class SupervisedArguments(RunArguments):
@@ -160,23 +158,23 @@ def load_model(
             raise Refusal(f"{name} is a model of the type {config.model_type}; these programs train rwkv")
         dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=_quantization(load_in, dtype, config)
+            name, dtype=dtype, quantization_config=_quantization(load_in, dtype)
         )
     except (OSError, ValueError) as error:
         raise Refusal(f"no model can be loaded from {name}: {error}") from error
     except ImportError as error:
-        raise Refusal(f"load_in {load_in} needs bitsandbytes: pip install bitsandbytes ({error})") from error
+        raise Refusal(
+            f"load_in {load_in} needs bitsandbytes: pip install modeling-rwkv[quantize] ({error})"
+        ) from error
 
 
-def _quantization(load_in: str | None, dtype: torch.dtype, config: RwkvConfig) -> BitsAndBytesConfig | None:
+def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if load_in is None:
         return None
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    widths = {config.hidden_size, config.attention_hidden_size, config.intermediate_size}
-    odd = sorted(width for width in widths if width % BLOCK)
-    if odd and not torch.accelerator.is_available():
-        raise Refusal(f"on a CPU 4bit needs widths in multiples of {BLOCK}, and {odd[0]} is none; use 8bit or a GPU")
+    if not torch.accelerator.is_available():  # bitsandbytes 0.50 repacks them in an evaluation, then loses gradients
+        raise Refusal("load_in 4bit needs a GPU: on a CPU gradients come out wrong after an evaluation; use 8bit")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

@@ -266,6 +266,7 @@ def test_a_stream_repeats_itself_and_goes_on_for_ever(packing, tokenizer, tmp_pa
     once = load(file, tokenizer, packing=packing).train
     stream = load(file, tokenizer, packing=packing, streaming=True, seed=3).train
     rows = list(stream.take(3 * len(once)))
+    assert len(rows) == 3 * len(once)
     assert list(load(file, tokenizer, packing=packing, streaming=True, seed=3).train.take(len(rows))) == rows
     tokens = sorted(int(t) for row in once for t in row["input_ids"])
     for start in range(0, len(rows), len(once)):
