@@ -3,7 +3,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Product:
 
     folder: its name in `output_dir`; dtype: of the weights in the file; program and options: what was typed.
     introduction: says what it is, from `layers`, `width`, `parameters`, `trained`, `vocabulary`, `base`, `program`.
-    use: how it is used; base: the model that it came from.
+    use: how it is used; base: the model that it came from; save: writes the weights into a folder.
     """
 
     folder: str
@@ -99,6 +99,7 @@ class Product:
     introduction: str
     use: str
     base: str | None = None
+    save: Callable[[RwkvTrainer, Path], None] = lambda trainer, folder: trainer.save_model(str(folder))
 
 
 @dataclass
@@ -259,7 +260,7 @@ def save_result(
         card = card_text(trainer, product, metrics, card_args, without_paths(settings))
     if product.folder == "model":
         model.to(getattr(torch, product.dtype))
-    trainer.save_model(str(new))
+    product.save(trainer, new)
     if trainer.args.should_save:
         (new / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to trust
         plot_loss(trainer.state.log_history, new / "loss.png")

@@ -45,7 +45,8 @@ def loss_by_chunks(
         loss, cache = read(x, labels, bounds, cache)
         return loss, *(tensor for layer in cache.layers for tensor in layer)
 
-    losses, state = [], []
+    losses: list[Tensor] = []
+    state: list[Tensor] = []
     for begin, end, bounds, continues in _chunks(cu_seqlens, len(x), chunk_length):
         if not continues:
             state = []

@@ -186,6 +186,10 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="File of a state to begin with, as state tuning makes them.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(parser=_count("--max-new-tokens"), metavar="N", help="Tokens to write at most.")
     ] = 200,
@@ -236,6 +240,7 @@ def generate(
       rwkv generate "Once upon a time"
       rwkv generate "The cat" --temperature 0 --max-new-tokens 50
       rwkv generate - --model my-model/ < beginning.txt
+      rwkv generate "Name a color." --state run/state/state.safetensors
       rwkv generate -- "- a text that begins with a dash"
     """
     from modeling_rwkv import generation
@@ -244,6 +249,8 @@ def generate(
         with generation.quiet(debug):
             place = generation.find_device(device)
             loaded, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
+            if state is not None:
+                generation.begin_with(loaded, state)
             sampling = generation.Sampling(temperature, top_p, top_k, seed)
             write = _ignore if as_json else _write
             result = generation.generate(loaded, tokenizer, prompt, max_new_tokens, sampling, write)
@@ -257,6 +264,7 @@ def generate(
             "model": str(loaded.name_or_path),
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "state": state,
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
@@ -386,6 +394,18 @@ def lora(context: typer.Context) -> None:
 def full(context: typer.Context) -> None:
     """Train every parameter."""
     _run_program("full", context)
+
+
+@programs.command(**PROGRAM)
+def state(context: typer.Context) -> None:
+    """Train the state that a model begins with."""
+    _run_program("state", context)
+
+
+@programs.command(**PROGRAM)
+def extend_context(context: typer.Context) -> None:
+    """Train a model on longer and longer texts."""
+    _run_program("extend_context", context)
 
 
 @app.command(**PROGRAM)

@@ -173,6 +173,20 @@ def load(name: str | None, device: torch.device, dtype: torch.dtype | str) -> tu
         return _load_model(source, dtype).to(device).eval(), tokenizer
 
 
+def begin_with(model: Any, path: str) -> None:
+    """Let ``model`` begin with the state in a file.
+
+    Raises:
+        GenerateError: there is no such file, or it is no state, or of another model.
+    """
+    try:
+        model.set_initial_state(path)
+    except FileNotFoundError as error:
+        raise GenerateError(f"there is no file {path}; give the state.safetensors of a state-tuning run") from error
+    except ValueError as error:
+        raise GenerateError(f"{error}; give a state of this model") from error
+
+
 def _read_folder(path: Path) -> dict[str, Any]:
     """The config.json of a model's folder."""
     if not path.is_dir():

@@ -334,7 +334,9 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         if layout is not None and chunk_length is not None:
             if past_key_values is not None:
                 raise ValueError("chunk_length starts from nothing: give no past_key_values")
-            tokens = input_ids[..., None] if inputs_embeds is None else inputs_embeds
+            tokens = inputs_embeds if input_ids is None else input_ids[..., None]
+            if tokens is None or (input_ids is not None and inputs_embeds is not None):
+                raise ValueError("give either input_ids or inputs_embeds")
             return CausalLMOutputWithPast(loss=self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs))
         outputs = self.rwkv(
             input_ids=input_ids,
