@@ -175,13 +175,17 @@ def plot(report: dict[str, Any], path: Path) -> None:
     tokens = list(report["tokens"])
     for i, way in enumerate(WAYS):
         found = report["tokens"].values()
-        peaks = [of["peak_bytes"][way] / 2**30 for of in found]
-        seconds = [of["seconds"][way]["median"] for of in found]
-        for axis, values in zip(axes, (peaks, seconds), strict=True):
-            axis.plot(tokens, values, marker="o", color=f"C{i}", label=f"logits {way}")
-    for axis, label in zip(axes, ("peak memory, GiB", "forward and backward, seconds"), strict=True):
-        axis.set(xlabel="tokens in a batch", ylabel=label, xticks=tokens, ylim=(0, None))
+        seconds = [of["seconds"][way] for of in found]
+        middle = [of["median"] for of in seconds]
+        spread = [[of["median"] - of["min"] for of in seconds], [of["max"] - of["median"] for of in seconds]]
+        style = {"marker": "o", "color": f"C{i}", "label": f"logits {way}"}
+        axes[0].plot(tokens, [of["peak_bytes"][way] / 2**30 for of in found], **style)
+        axes[1].errorbar(tokens, middle, spread, capsize=3, **style)
+    for axis, label in zip(axes, ("peak memory, GiB", "forward and backward, seconds (range)"), strict=True):
+        axis.set(xlabel="tokens in a batch", ylabel=label, xticks=tokens, ylim=(0, 1.05 * axis.get_ylim()[1]))
     axes[0].legend()
+    env, settings = report["environment"], report["settings"]
+    figure.suptitle(f"{settings['shape']} {SHAPES[settings['shape']]}, {env.get('gpu', env['cpu'])}")
     figure.savefig(path, dpi=150)
 
 
