@@ -202,6 +202,7 @@ class Course:
         model.config.context_length = length
         round_weights(model, getattr(torch, self.options.save_dtype))
         metrics = trainer.evaluate() if self.tested else {}
+        trainer.save_state()
         introduction = f"{INTRODUCTION}{length:,} tokens with `{{program}}`."
         product = Product("model", self.options.save_dtype, self.program, self.typed, introduction, USE, base)
         return str(save_result(trainer, product, metrics, self.card_args, self.settings))
