@@ -14,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
+from transformers.utils import logging
 
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+
+logger = logging.get_logger(__name__)
 
 _FORMAT = "rwkv-4-cache"
 _HASH_FACTOR = 6364136223846793005  # Knuth's MMIX multiplier: odd, so that powers of it never vanish
@@ -110,6 +113,34 @@ class RwkvCache(Cache):
                 "rest (rows that ended early have read their padding): give only new ids, or no past_key_values"
             )
         return bool(same.all())
+
+    def unread(self, input_ids: Tensor, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> int:
+        """How many of the last given positions are new: of ``input_ids`` (B, T), or of ``inputs_embeds`` (B, T, C).
+
+        attention_mask: over the given positions, or over those read before them too, which says that they are new.
+
+        Raises:
+            ValueError: all of them have been read.
+        """
+        seen = self.get_seq_length()
+        given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        if seen == 0 or given < seen or (attention_mask is not None and attention_mask.shape[1] > given):
+            return given
+        if inputs_embeds is not None:
+            return given - seen if given > seen else given
+        mask = None if attention_mask is None else attention_mask[:, :seen] != 0
+        repeats = self.has_read(input_ids[:, :seen], mask)
+        if repeats and given == seen:
+            raise ValueError(
+                f"past_key_values has already read all {given} given ids: give the text with at least one new token, "
+                f"or, if they come once more, an attention_mask over all {seen + given} positions"
+            )
+        if not repeats and given > seen:
+            logger.warning_once(
+                "The given ids do not begin with what past_key_values has read, so all of them are read as new text. "
+                "If that is meant, an attention_mask over past and new positions says so."
+            )
+        return given - seen if repeats else given
 
     def check_sizes(self, config: RwkvConfig, name: str) -> None:
         """Raises ValueError, which calls the cache ``name``, if it is not of a model with this configuration."""

@@ -6,7 +6,6 @@ checkpoints on the Hugging Face Hub.
 Symbols: B batch, T positions, C hidden size, A attention hidden size, V vocabulary, N sequences.
 """
 
-import math
 import os
 from typing import Any
 
@@ -16,18 +15,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.chunks import loss_by_chunks
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
+from modeling_rwkv.initialization import init_channel_mix, init_linear, init_time_mix, linear
 from modeling_rwkv.loss import chunked_loss
 from modeling_rwkv.packing import IGNORED, Layout, arrange
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
-
-logger = logging.get_logger(__name__)
 
 
 class RwkvTimeMix(nn.Module):
@@ -42,10 +40,10 @@ class RwkvTimeMix(nn.Module):
         self.time_mix_key = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.time_mix_value = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.key = _linear(hidden_size, attention_size, init_gain=0)
-        self.value = _linear(hidden_size, attention_size)
-        self.receptance = _linear(hidden_size, attention_size, init_gain=0)
-        self.output = _linear(attention_size, hidden_size, init_gain=0)
+        self.key = linear(hidden_size, attention_size, init_gain=0)
+        self.value = linear(hidden_size, attention_size)
+        self.receptance = linear(hidden_size, attention_size, init_gain=0)
+        self.output = linear(attention_size, hidden_size, init_gain=0)
 
     def forward(
         self, x: Tensor, layout: Layout, previous: Tensor | None, state: Tensor | None, scale: float
@@ -67,9 +65,9 @@ class RwkvChannelMix(nn.Module):
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         self.time_mix_key = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.key = _linear(hidden_size, intermediate_size)
-        self.receptance = _linear(hidden_size, hidden_size, init_gain=0)
-        self.value = _linear(intermediate_size, hidden_size, init_gain=0)
+        self.key = linear(hidden_size, intermediate_size)
+        self.receptance = linear(hidden_size, hidden_size, init_gain=0)
+        self.value = linear(intermediate_size, hidden_size, init_gain=0)
 
     def forward(self, x: Tensor, layout: Layout, previous: Tensor | None, scale: float) -> Tensor:
         """x: (B, T, C) to the same; the output is multiplied by ``scale``."""
@@ -145,15 +143,13 @@ class RwkvPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The initialisation of the paper, as its training code (RWKV-LM, v4neo) does it."""
+        """The initialisation of the paper, see initialization.py."""
         if isinstance(module, RwkvTimeMix):
-            _init_time_mix(module, self.config.num_hidden_layers)
+            init_time_mix(module, self.config.num_hidden_layers)
         elif isinstance(module, RwkvChannelMix):
-            mix = _ramp(module.time_mix_key) ** (1 - module.layer_idx / self.config.num_hidden_layers)
-            init.copy_(module.time_mix_key, mix)
-            init.copy_(module.time_mix_receptance, mix)
+            init_channel_mix(module, self.config.num_hidden_layers)
         elif isinstance(module, nn.Linear):
-            _init_linear(module)
+            init_linear(module)
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -1e-4, 1e-4)
         elif isinstance(module, RwkvInitialState):
@@ -274,7 +270,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
     def __init__(self, config: RwkvConfig) -> None:
         super().__init__(config)
         self.rwkv = RwkvModel(config)
-        self.head = _linear(config.hidden_size, config.vocab_size, init_gain=0.5)
+        self.head = linear(config.hidden_size, config.vocab_size, init_gain=0.5)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -409,7 +405,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         read.
         """
         if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):
-            next_sequence_length = _unread(past_key_values, input_ids, attention_mask, inputs_embeds)
+            next_sequence_length = past_key_values.unread(input_ids, attention_mask, inputs_embeds)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -421,29 +417,6 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         )
 
 
-def _unread(cache: RwkvCache, input_ids: Tensor, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """How many of the last given positions ``cache`` has not read."""
-    seen = cache.get_seq_length()
-    given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-    if seen == 0 or given < seen or (attention_mask is not None and attention_mask.shape[1] > given):
-        return given
-    if inputs_embeds is not None:
-        return given - seen if given > seen else given
-    mask = None if attention_mask is None else attention_mask[:, :seen] != 0
-    repeats = cache.has_read(input_ids[:, :seen], mask)
-    if repeats and given == seen:
-        raise ValueError(
-            f"past_key_values has already read all {given} given ids: give the text with at least one new token, "
-            f"or, if they come once more, an attention_mask over all {seen + given} positions"
-        )
-    if not repeats and given > seen:
-        logger.warning_once(
-            "The given ids do not begin with what past_key_values has read, so all of them are read as new text. If "
-            "that is meant, an attention_mask over past and new positions says so."
-        )
-    return given - seen if repeats else given
-
-
 def _scale(config: RwkvConfig, layer_idx: int, dtype: torch.dtype) -> float:
     """The power of two by which the residual stream before a block is scaled, to stay in the range of float16."""
     return 0.5 ** (layer_idx // config.rescale_every) if dtype == torch.float16 and config.rescale_every > 0 else 1.0
@@ -451,42 +424,3 @@ def _scale(config: RwkvConfig, layer_idx: int, dtype: torch.dtype) -> float:
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
-
-
-def _linear(inputs: int, outputs: int, init_gain: float = 1.0) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False)
-    linear.init_gain = init_gain  # type: ignore[assignment]
-    return linear
-
-
-def _ramp(like: Tensor) -> Tensor:
-    """i / C for every channel i, in the shape of ``like`` and float32."""
-    channels = like.numel()
-    return (torch.arange(channels, dtype=torch.float32, device=like.device) / channels).view(like.shape)
-
-
-def _init_time_mix(module: RwkvTimeMix, num_layers: int) -> None:
-    depth = module.layer_idx / max(num_layers - 1, 1)
-    shallowness = 1 - module.layer_idx / num_layers
-    channels = module.time_decay.numel()
-    channel = torch.arange(channels, dtype=torch.float32, device=module.time_decay.device)
-    init.copy_(module.time_decay, -5 + 8 * (channel / max(channels - 1, 1)) ** (0.7 + 1.3 * depth))
-    init.copy_(module.time_first, math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
-    ramp = _ramp(module.time_mix_key)
-    init.copy_(module.time_mix_key, ramp**shallowness)
-    init.copy_(module.time_mix_value, ramp**shallowness + 0.3 * depth)
-    init.copy_(module.time_mix_receptance, ramp ** (0.5 * shallowness))
-
-
-def _init_linear(module: nn.Linear) -> None:
-    """Orthogonal, or zero where the module says so, computed in float32 whatever the dtype of the weights."""
-    gain = getattr(module, "init_gain", 1.0)
-    if gain == 0:
-        init.zeros_(module.weight)
-    elif not getattr(module.weight, "_is_hf_initialized", False):
-        outputs, inputs = module.weight.shape
-        weight = torch.empty_like(module.weight, dtype=torch.float32)
-        init.orthogonal_(weight, gain=gain * math.sqrt(max(1, outputs / inputs)))
-        init.copy_(module.weight, weight)
-    if module.bias is not None:
-        init.zeros_(module.bias)
