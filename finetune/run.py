@@ -132,6 +132,7 @@ def train_to_the_end(trainer: RwkvTrainer, say: Callable[[str], None]) -> None:
         trainer.train(resume_from_checkpoint=start)
         return
     trainer.state = state  # the Trainer would take one more step
+    trainer.callback_handler.on_train_begin(args, state, trainer.control)  # where loggers learn of output_dir
     trainer._load_from_checkpoint(start)
     if args.load_best_model_at_end and state.best_model_checkpoint:
         trainer._load_best_model()
