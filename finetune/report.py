@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from rwkv_finetune.packing import PackedRows
@@ -154,15 +155,20 @@ def run_facts(trainer: RwkvTrainer) -> dict[str, str]:
     if isinstance(data, PackedRows):
         facts["steps"] += f" x {data.block_size} tokens" if data.packing else " of one example"
         facts["training text"] = f"{len(data.tokens):,} tokens, {data.waste:.1%} of the rows is padding"
-    if "tokens_per_second" in logged:
-        facts["speed"] = f"{logged['tokens_per_second']:,.0f} tokens/s, {logged['peak_memory']:.2f} GiB at the peak"
-    if "mfu" in logged:
-        facts["speed"] += f", {logged['mfu']:.1%} of the device's peak"
+    medians = {key: median(values) for key in ("tokens_per_second", "mfu") if (values := _logged(state, key))}
+    if "tokens_per_second" in medians:
+        facts["speed"] = f"{medians['tokens_per_second']:,.0f} tokens/s, {logged['peak_memory']:.2f} GiB at the peak"
+    if "mfu" in medians:
+        facts["speed"] += f", {medians['mfu']:.1%} of the device's peak"
     return facts | {
         "hardware": hardware(),
         "software": software(),
         "precision": f"trained weights and optimizer in float32, matrix products in {precision}",
     }
+
+
+def _logged(state: TrainerState, key: str) -> list[float]:
+    return [entry[key] for entry in state.log_history if key in entry]
 
 
 def card_text(
