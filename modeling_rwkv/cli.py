@@ -338,7 +338,7 @@ def convert(
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub id of a PEFT adapter.")],
-    destination: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="The folder to write.")],
     base: Annotated[
         str | None,
         typer.Option(help="The adapter's base model. [default: what the adapter says]", show_default=False),
@@ -351,8 +351,9 @@ def merge(
     """Merge an adapter into its model, and write that.
 
     \b
-    Example:
+    Examples:
       rwkv merge run/adapter merged/
+      rwkv merge run/adapter merged/ --dtype bfloat16
     """
     library = _training("rwkv_finetune.merge")
     try:
@@ -377,8 +378,8 @@ def finetune(context: typer.Context) -> None:
     """Train a model further, on instructions, chats or texts.
 
     \b
-    Example:
-      rwkv finetune lora --model my-model/ --train_file train.jsonl --output_dir run/
+    Examples:
+      rwkv finetune lora --model my-model/ --train_file my.jsonl --output_dir run/
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -693,6 +693,9 @@ def test_help_names_every_command_and_option():
     group = typer.main.get_command(cli.app)
     for name, command in group.commands.items():
         result = rwkv(name, "--help")
+        if name == "pretrain":  # its parser is that of the training programs
+            assert result.exit_code == 0 and name in overview.stdout and "--train_file" in result.stdout
+            continue
         assert (result.exit_code == 0 and name in overview.stdout and "Examples:" in result.stdout) or name == "doctor"
         for parameter in command.params:
             assert max(parameter.opts, key=len).upper() in result.stdout.upper()
