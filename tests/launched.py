@@ -1,6 +1,7 @@
 """A training program as `accelerate launch` starts it, with what a test of it needs on a machine without GPUs.
 
-    accelerate launch ... tests/launched.py [--as-if-gpus] [--die-at STEP] MODULE OPTIONS ...
+    ACCELERATE_TORCH_DEVICE=cpu \\
+        accelerate launch ... tests/launched.py [--as-if-gpus] [--die-at STEP] MODULE OPTIONS ...
 
 --as-if-gpus: accelerate (1.15) leaves FSDP out where processes compute on CPUs, and trains with DDP without a word.
 Told that these CPUs are GPUs, it does on them, over gloo, all that it does on GPUs.
@@ -25,7 +26,6 @@ loss.FEWEST_POSITIONS = 1  # so that even a tiny batch has several chunks
 
 def as_if_gpus() -> None:
     torch.distributed.init_process_group("gloo")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
 

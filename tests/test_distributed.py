@@ -21,7 +21,8 @@ from rwkv_finetune.run_folder import complete_checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "finetune" / "configs"
 LAUNCHED = ROOT / "tests" / "launched.py"
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+# Else accelerate calls it cpu:0, a name by which transformers 5.15 cannot load a checkpoint.
+ON_A_CPU = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
 SAME = {"rtol": 1e-4, "atol": 1e-5}  # six steps of float32 sums in another order
 WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
 
@@ -71,7 +72,7 @@ def command(config: str, *options: str | Path) -> list[str | Path]:
 def launch(config: str, *program: str | Path) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` a program in two processes on this machine."""
     words = command(config, "--main_process_port", "0", *program)
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, env=ONE_THREAD, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=200, env=ON_A_CPU, check=False)
 
 
 def losses(run: Path) -> list[float]:
@@ -118,7 +119,7 @@ def test_two_machines_train_like_one(options, alone, tmp_path):
     for rank, log in enumerate(logs):
         words = command("ddp", *where, f"--machine_rank={rank}", *program, f"--output_dir={tmp_path / 'run'}")
         with log.open("w") as file:
-            machines.append(subprocess.Popen(words, stdout=file, stderr=file, env=ONE_THREAD))
+            machines.append(subprocess.Popen(words, stdout=file, stderr=file, env=ON_A_CPU))
     try:
         codes = [machine.wait(timeout=200) for machine in machines]
     finally:
