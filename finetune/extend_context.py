@@ -8,7 +8,7 @@
         --validation_share 0.01 --context_lengths 65536 --chunk_length 1024 --max_steps 1000 --output_dir run/
 
     # the model in the box, on a CPU, on stories that are read one after the other
-    python -m rwkv_finetune.extend_context --model modeling_rwkv/demo --train_file train.txt \
+    python -m rwkv_finetune.extend_context --train_file train.txt \
         --validation_file valid.txt --context_lengths 2048 4096 --join_documents true \
         --max_steps 20 --per_device_train_batch_size 1 --output_dir run/
 
@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from modeling_rwkv import demo_model_path
 from rwkv_finetune.arguments import ProgramParser, Refusal, settings_of
 from rwkv_finetune.context import load_losses, measure, save_losses
 from rwkv_finetune.data import Data, DataArguments, load_data
@@ -56,7 +57,10 @@ An RWKV-4 language model, {layers} layers x {width} wide, {parameters:,} paramet
 class ContextArguments:
     """The model, and the rows that it is to get used to."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the RWKV-4 to start from"})
+    model: str = field(
+        default_factory=lambda: str(demo_model_path()),
+        metadata={"help": "folder or Hub id of the RWKV-4 to start from; default: the model in the box"},
+    )
     context_lengths: list[int] = field(
         default_factory=lambda: [2048, 4096, 8192], metadata={"help": "tokens in a row, one length after the other"}
     )
@@ -122,7 +126,7 @@ def run(
     data.warn()
     course = Course(options, args, card_args, tokenizer, data, program, typed, settings_of(options, data_args, args))
     course.check()
-    with args.main_process_first(desc="output_dir"):
+    with args.main_process_first(local=False, desc="output_dir"):
         claim(Path(args.output_dir), recipe(args, options, data_args))
     model = options.model
     course.measure(model, "as it was")

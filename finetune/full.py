@@ -4,7 +4,7 @@
         --validation_share 0.1 --output_dir run/
 
     # the model in the box, on a CPU
-    python -m rwkv_finetune.full --model modeling_rwkv/demo --config finetune/instruct.yaml \
+    python -m rwkv_finetune.full --config finetune/instruct.yaml \
         --train_file instruction-data.json --learning_rate 1e-3 --output_dir run/
 
 The same options, data and folder as rwkv_finetune.lora, but `output_dir/model` in place of an adapter: weights,
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from modeling_rwkv import demo_model_path
 from rwkv_finetune.report import USE, Product
 from rwkv_finetune.supervised import Method, SupervisedArguments, load_model
 from rwkv_finetune.supervised import main as supervised
@@ -29,7 +30,10 @@ An RWKV-4 language model, {layers} layers x {width} wide, {parameters:,} paramet
 class FullArguments:
     """The model, and its file."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the RWKV-4 to start from"})
+    model: str = field(
+        default_factory=lambda: str(demo_model_path()),
+        metadata={"help": "folder or Hub id of the RWKV-4 to start from; default: the model in the box"},
+    )
     save_dtype: str = field(
         default="bfloat16",
         metadata={"help": "of the result", "choices": ["float32", "bfloat16", "float16"]},

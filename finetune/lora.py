@@ -4,7 +4,7 @@
         --validation_share 0.1 --output_dir run/
 
     # the model in the box, on a CPU
-    python -m rwkv_finetune.lora --model modeling_rwkv/demo --config finetune/instruct.yaml \
+    python -m rwkv_finetune.lora --config finetune/instruct.yaml \
         --train_file instruction-data.json --output_dir run/
 
     # a large model on one GPU: 4-bit weights, recomputed activations
@@ -39,6 +39,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modeling_rwkv import demo_model_path
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.report import USE, Product
 from rwkv_finetune.supervised import Method, SupervisedArguments, load_model
@@ -54,7 +55,10 @@ by `{program}`."""
 class LoraArguments:
     """The model, and the matrices beside its own."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the RWKV-4 to start from"})
+    model: str = field(
+        default_factory=lambda: str(demo_model_path()),
+        metadata={"help": "folder or Hub id of the RWKV-4 to start from; default: the model in the box"},
+    )
     # finetune/instruct.yaml on the model in the box, validation loss (before: 5.29): rank 4 3.18, 8 2.98, 16 2.82,
     # 64 2.62, in full 2.48. On attention alone 3.14. rsLoRA 2.78, which scales by 4 times as much; DoRA 2.82.
     rank: int = field(default=16, metadata={"help": "of the added matrices"})

@@ -4,7 +4,7 @@
         --validation_share 0.1 --output_dir run/
 
     # the model in the box, on a CPU
-    python -m rwkv_finetune.state --model modeling_rwkv/demo --config finetune/instruct.yaml \
+    python -m rwkv_finetune.state --config finetune/instruct.yaml \
         --train_file instruction-data.json --output_dir run/
 
     # then
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from modeling_rwkv import RwkvForCausalLM
+from modeling_rwkv import RwkvForCausalLM, demo_model_path
 from modeling_rwkv.initial_state import RwkvInitialState
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.report import Product
@@ -58,7 +58,10 @@ print(generate("Once upon a time", max_new_tokens=100, do_sample=True)[0]["gener
 class StateArguments:
     """The model, and where its state starts from."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the RWKV-4 to start from"})
+    model: str = field(
+        default_factory=lambda: str(demo_model_path()),
+        metadata={"help": "folder or Hub id of the RWKV-4 to start from; default: the model in the box"},
+    )
     state: str | None = field(default=None, metadata={"help": "file of a state to go on from"})
 
 

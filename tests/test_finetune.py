@@ -21,13 +21,15 @@ import datasets
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from modeling_rwkv import cli
-from rwkv_finetune import full, lora, pretrain, speed, supervised
+from rwkv_finetune import full, lora, pretrain, speed, state, supervised
 from rwkv_finetune.run_folder import complete_checkpoints
 from rwkv_finetune.tokenizer import train_tokenizer
 from rwkv_finetune.trainer import RwkvTrainer
 
 WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
-PROGRAMS = {"lora": lora, "full": full}
+PROGRAMS = {"lora": lora, "full": full, "state": state}
+RESULTS = {"lora": "adapter", "full": "model", "state": "state"}
+OPTIONS = {"lora": {"train_vectors": True, "dropout": 0.1}, "full": {"save_dtype": "float32"}, "state": {}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,28 +87,24 @@ def train(program: str, *arguments, **options) -> Path:
     """Run a program; the folder of its result."""
     argv = words(*arguments, **options)
     PROGRAMS[program].main(argv)
-    return arguments[2] / ("adapter" if program == "lora" else "model")
+    return arguments[2] / RESULTS[program]
 
 
 @pytest.fixture(scope="module")
 def finished(base, data, tmp_path_factory) -> dict[str, Path]:
     """Results of whole runs; LoRA with the vectors, and with the dropout that a resumed run must draw again."""
     folder = tmp_path_factory.mktemp("finished")
-    return {
-        "lora": train("lora", base, data, folder / "lora", train_vectors=True, dropout=0.1),
-        "full": train("full", base, data, folder / "full", save_dtype="float32"),
-    }
-
-
-OPTIONS = {"lora": {"train_vectors": True, "dropout": 0.1}, "full": {"save_dtype": "float32"}}
+    return {program: train(program, base, data, folder / program, **OPTIONS[program]) for program in PROGRAMS}
 
 
 def history(run: Path) -> list[dict[str, float]]:
     return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
-def weights(result: Path) -> bytes:
-    return next(result.glob("*.safetensors")).read_bytes()
+def weights(result: Path) -> dict[str, bytes]:
+    """The bits of every tensor."""
+    tensors = load_file(next(result.glob("*.safetensors")))
+    return {name: x.view(torch.uint8).numpy().tobytes() for name, x in tensors.items()}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
