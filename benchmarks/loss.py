@@ -1,4 +1,4 @@
-"""Memory and time of a training step with all logits at once, and with the loss in chunks.
+"""Memory and time of a training step: with all logits at once, with the loss in chunks, and reading in chunks.
 
     python benchmarks/loss.py                                    # on the GPU if there is one; minutes on a CPU
     python benchmarks/loss.py --json loss.json --plot loss.png
@@ -6,10 +6,11 @@
     python benchmarks/loss.py --shape tiny --tokens 64 128 --repeats 2 --device cpu       # to see it work
 
 A step is one forward pass with labels and one backward pass over one row of so many tokens, every one of which counts;
-`skip_logits=True` is the only difference. Activations of blocks are checkpointed, as where memory is short, or are
-kept, and then weigh more beside the logits. On a GPU matrices are multiplied in bfloat16 under autocast, as by the
-Trainer with `--bf16`; on a CPU all is float32. The peak is counted from the loaded model, so gradients are in it and
-weights are not: on a GPU what PyTorch's allocator gave out, on a CPU see `MEMORY` in `measure.py`.
+`skip_logits=True`, or `chunk_length=1024`, is the only difference. Activations of blocks are checkpointed, as where
+memory is short, or are kept, and then weigh more beside the logits. On a GPU matrices are multiplied in bfloat16 under
+autocast, as by the Trainer with `--bf16`; on a CPU all is float32. The peak is counted from the loaded model, so
+gradients are in it and weights are not: on a GPU what PyTorch's allocator gave out, on a CPU see `MEMORY` in
+`measure.py`.
 
 First losses and gradients must agree, each parameter's relative to its largest; if not, nothing is measured and the
 exit code is 1.
@@ -32,7 +33,11 @@ from model import gradient_difference
 from sides import SHAPES, ours
 from torch import Tensor, nn
 
-WAYS = {"whole": False, "in chunks": True}  # skip_logits
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "in chunks": {"skip_logits": True},
+    "read in chunks": {"chunk_length": 1024},
+}
 TOLERANCE = {"cpu": 1e-5, "cuda": 2**-6}  # sums in another order in float32; two roundings to bfloat16
 ALLOCATED = "what PyTorch's allocator gave out above what it had given out before, model loaded and warm"
 
@@ -69,12 +74,12 @@ def load(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, ids: Tensor, skip_logits: bool) -> Tensor:
+def step(model: nn.Module, ids: Tensor, way: str) -> Tensor:
     """Forward and backward; returns the loss."""
     model.zero_grad(set_to_none=True)
     autocast = torch.autocast("cuda", torch.bfloat16) if ids.is_cuda else contextlib.nullcontext()
     with autocast:
-        loss = model(input_ids=ids, labels=ids, skip_logits=skip_logits).loss
+        loss = model(input_ids=ids, labels=ids, **WAYS[way]).loss
     loss.backward()
     return loss.detach()
 
@@ -88,16 +93,16 @@ def disagreement(model: nn.Module, tokens: int, args: argparse.Namespace) -> flo
     """The largest relative difference of the loss or any gradient."""
     progress(f"comparing at {tokens} tokens")
     found = []
-    for skip_logits in WAYS.values():
-        loss = step(model, token_ids(tokens, args), skip_logits)
+    for way in WAYS:
+        loss = step(model, token_ids(tokens, args), way)
         found.append({"loss": loss} | {name: parameter.grad for name, parameter in model.named_parameters()})
-    return gradient_difference(*found)
+    return max(gradient_difference(found[0], other) for other in found[1:])
 
 
 def measured(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak bytes of each way."""
     progress(f"timing {tokens} tokens")
-    jobs = {way: partial(step, model, token_ids(tokens, args), skip) for way, skip in WAYS.items()}
+    jobs = {way: partial(step, model, token_ids(tokens, args), way) for way in WAYS}
     if args.device == "cuda":
         seconds = interleaved_on_gpu(jobs, args.repeats)
         peaks = {way: allocated_peak(model, job) for way, job in jobs.items()}
@@ -108,7 +113,7 @@ def measured(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict[st
     return {
         "seconds": {way: {"median": median(of), "min": min(of), "max": max(of)} for way, of in seconds.items()},
         "peak_bytes": peaks,
-        "peak_whole_over_in_chunks": peaks["whole"] / max(1, peaks["in chunks"]),
+        "peak_whole_over": {way: peaks["whole"] / max(1, peak) for way, peak in peaks.items()},
     }
 
 
@@ -130,9 +135,9 @@ def peak_alone(way: str, tokens: int) -> int:
 
 def resident_peak(model: nn.Module, args: argparse.Namespace) -> int:
     way, tokens = args.peak_of
-    step(model, token_ids(64, args), WAYS[way])
+    step(model, token_ids(64, args), way)
     model.zero_grad(set_to_none=True)
-    return peak_memory(partial(step, model, token_ids(int(tokens), args), WAYS[way]))
+    return peak_memory(partial(step, model, token_ids(int(tokens), args), way))
 
 
 def text(report: dict[str, Any], args: argparse.Namespace) -> str:
@@ -149,14 +154,13 @@ def text(report: dict[str, Any], args: argparse.Namespace) -> str:
     ]
     if not report["agree"]:
         return "\n".join([*lines, "", "They disagree: nothing was measured."])
-    row = "{:>8}  {:12}{:>10}{:>22}{:>12}{:>8}"
-    lines += ["", row.format("tokens", "logits", "seconds", "(min .. max)", "peak MiB", "less")]
+    row = "{:>8}  {:16}{:>10}{:>22}{:>12}{:>8}"
+    lines += ["", row.format("tokens", "way", "seconds", "(min .. max)", "peak MiB", "less")]
     for tokens, found in report["tokens"].items():
         for way, seconds in found["seconds"].items():
             cells = [f"{seconds['median']:.3f}", f"({seconds['min']:.3f} .. {seconds['max']:.3f})"]
-            peak = found["peak_bytes"][way]
-            less = f"{found['peak_bytes']['whole'] / max(1, peak):.2f}x"
-            lines.append(row.format(tokens, way, *cells, f"{peak / 2**20:.0f}", less))
+            less = f"{found['peak_whole_over'][way]:.2f}x"
+            lines.append(row.format(tokens, way, *cells, f"{found['peak_bytes'][way] / 2**20:.0f}", less))
     return "\n".join([*lines, "", f"time: medians of {args.repeats}, by turns; peak: {peak_is(args.device)}"])
 
 
@@ -178,7 +182,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         seconds = [of["seconds"][way] for of in found]
         middle = [of["median"] for of in seconds]
         spread = [[of["median"] - of["min"] for of in seconds], [of["max"] - of["median"] for of in seconds]]
-        style = {"marker": "o", "color": f"C{i}", "label": f"logits {way}"}
+        style = {"marker": "o", "color": f"C{i}", "label": way}
         axes[0].plot(tokens, [of["peak_bytes"][way] / 2**30 for of in found], **style)
         axes[1].errorbar(tokens, middle, spread, capsize=3, **style)
     for axis, label in zip(axes, ("peak memory, GiB", "forward and backward, seconds (range)"), strict=True):

@@ -26,11 +26,12 @@ from modeling_rwkv import RwkvConfig, RwkvForCausalLM
 from modeling_rwkv.checkpoints import folder_to_pth
 from rwkv_kernels.wkv4 import empty_state
 
-SHAPES = {  # layers, channels, vocabulary; of the Pile models, a World model, and one for tests
+SHAPES = {  # layers, channels, vocabulary; of the Pile models, a World model, the model in the box, one for tests
     "169m": (12, 768, 50277),
     "430m": (24, 1024, 50277),
     "1b5": (24, 2048, 50277),
     "world-0.1b": (12, 768, 65536),
+    "box": (6, 224, 4096),
     "tiny": (2, 64, 503),
 }
 
