@@ -273,6 +273,7 @@ def save_result(
         (new / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
+    trainer.accelerator.wait_for_everyone()  # another process may load it at once
     return folder
 
 

@@ -30,6 +30,8 @@ class RwkvTrainer(Trainer):
     Args:
         logit_penalty: weight of `largest_logit_penalty`; 0 switches it off. The penalty adds
             gradients, but not to the loss that is shown, so curves stay comparable.
+        reading: arguments of the model's `forward` that decide how it reads rows for a loss, where nothing needs
+            logits; default: `{"skip_logits": True}`.
         validation_bytes: UTF-8 bytes of the validation texts, for bits per byte.
 
     Metrics of an evaluation, all over the same validation rows:
@@ -52,6 +54,7 @@ class RwkvTrainer(Trainer):
         *args: Any,
         processing_class: PreTrainedTokenizerBase,
         logit_penalty: float = 0.0,
+        reading: dict[str, Any] | None = None,
         validation_bytes: int = 0,
         **kwargs: Any,
     ):
@@ -63,6 +66,7 @@ class RwkvTrainer(Trainer):
         )
         self.end_of_text = processing_class.eos_token_id
         self.logit_penalty = logit_penalty
+        self.reading = {"skip_logits": True} if reading is None else reading
         self.validation_bytes = validation_bytes
         self._started = time.monotonic()
         self._earlier_seconds: float | None = None
@@ -85,7 +89,8 @@ class RwkvTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        inputs = {**inputs, "use_cache": False, "skip_logits": not self.logit_penalty and self.label_smoother is None}
+        needs_logits = self.logit_penalty or self.label_smoother
+        inputs = {**inputs, "use_cache": False, **({} if needs_logits else self.reading)}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.logit_penalty and model.training:
             penalty = largest_logit_penalty(outputs["logits"], self.logit_penalty)
@@ -137,7 +142,7 @@ class RwkvTrainer(Trainer):
                     {k: x[i : i + 1] if torch.is_tensor(x) else x for k, x in inputs.items()}
                     for i in range(len(labels))
                 ]
-                losses = [model(**row, skip_logits=True, num_items_in_batch=1).loss for row in rows]
+                losses = [model(**row, **self.reading, num_items_in_batch=1).loss for row in rows]
                 nats, text_nats = torch.stack(losses).float(), labels.new_zeros(len(labels))
         tokens = (labels[:, 1:] != IGNORED).sum(1)
         return nats.sum() / tokens.sum(), torch.stack([nats, tokens, text_nats], dim=1), tokens

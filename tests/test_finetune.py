@@ -22,6 +22,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from modeling_rwkv import cli
 from rwkv_finetune import full, lora, pretrain, speed, state, supervised
+from rwkv_finetune.data import DataArguments, load_data
+from rwkv_finetune.run import RunArguments
 from rwkv_finetune.run_folder import complete_checkpoints
 from rwkv_finetune.tokenizer import train_tokenizer
 from rwkv_finetune.trainer import RwkvTrainer
@@ -288,6 +290,36 @@ def losses_of(program: str, base: Path, data: Path, output_dir: Path, **options)
     both = {"max_steps": 3, "eval_steps": 3, "save_strategy": "no", "load_best_model_at_end": False}
     train(program, base, data, output_dir, **both | options)
     return [entry[key] for entry in history(output_dir) for key in ("loss", "eval_loss") if key in entry]
+
+
+def test_a_way_of_reading_holds_for_training_and_evaluation(base, data, tmp_path):
+    """Unless something needs logits."""
+    options = {"save_strategy": "no", "report_to": "none", "per_device_train_batch_size": 4, "max_steps": 2}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = load_data(DataArguments(str(data), validation_share=0.2, context_length=32), tokenizer, 0)
+    given, losses = [], []
+    for number, (reading, more) in enumerate([(None, {}), ({"chunk_length": 7}, {}), (None, {"validation_bytes": 1})]):
+        args = RunArguments(str(tmp_path / str(number)), logging_steps=1, **options)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.register_forward_pre_hook(lambda _, __, options: given.append(options), with_kwargs=True)
+        trainer = RwkvTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.validation,
+            data_collator=rows.collate,
+            processing_class=tokenizer,
+            reading=reading,
+            **more,
+        )
+        trainer.train()
+        evaluated = trainer.evaluate()["eval_loss"]
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [evaluated])
+        expected = [{} if more and "labels" not in call else reading or {"skip_logits": True} for call in given]
+        assert given and all(wanted.items() <= call.items() for wanted, call in zip(expected, given, strict=True))
+        assert any(not wanted for wanted in expected) == bool(more)
+        given.clear()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_compiled_model_has_the_same_losses(base, data, tmp_path):
