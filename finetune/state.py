@@ -21,12 +21,11 @@ state.safetensors, tokenizer, model card, loss.png.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from modeling_rwkv import RwkvForCausalLM, demo_model_path
-from modeling_rwkv.initial_state import RwkvInitialState
+from modeling_rwkv.initial_state import FILE, RwkvInitialState
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.report import Product
 from rwkv_finetune.supervised import Method, SupervisedArguments, load_model
@@ -37,7 +36,6 @@ from rwkv_finetune.trainer import RwkvTrainer
 # that the first tokens are halved rather than replaced. From 0, 2, 3 and 4 the instruction set ended at 4.45, 4.42,
 # 4.38 and 4.37 nats per token (the model in the box, learning rates 0.3, 0.3, 0.6 and 0.3, three epochs).
 WEIGHT = 4.0
-FILE = "state.safetensors"
 
 INTRODUCTION = """\
 A state for {base}, an RWKV-4 of {layers} layers x {width}, to begin with: {trained:,} trained numbers beside
@@ -62,7 +60,9 @@ class StateArguments:
         default_factory=lambda: str(demo_model_path()),
         metadata={"help": "folder or Hub id of the RWKV-4 to start from; default: the model in the box"},
     )
-    state: str | None = field(default=None, metadata={"help": "file of a state to go on from"})
+    state: str | None = field(
+        default=None, metadata={"help": "file of a state to go on from; default: the model's own, or a new one"}
+    )
 
 
 @dataclass
@@ -77,16 +77,17 @@ def build(options: StateArguments, args: SupervisedArguments) -> RwkvForCausalLM
         Refusal: the state to go on from is missing, or no state, or of another model.
     """
     model = load_model(options.model, args, frozen=True).requires_grad_(False)
-    state: Any = options.state
-    if state is None:
+    if options.state is not None:
+        try:
+            model.set_initial_state(options.state)
+        except (OSError, ValueError) as error:
+            raise Refusal(f"state: {error}") from error
+    elif model.base_model.initial_state is None:
         start = RwkvInitialState(model.config)
         start.set(None)
         torch.nn.init.constant_(start.weight, WEIGHT)
-        state = start.cache()
-    try:
-        model.set_initial_state(state)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"state: {error}") from error
+        model.set_initial_state(start.cache())
+    model.base_model.initial_state.requires_grad_(True)
     model._keys_to_ignore_on_save = {name for name in model.state_dict() if ".initial_state." not in name}
     return model
 

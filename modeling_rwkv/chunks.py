@@ -1,8 +1,9 @@
-"""Training on sequences of any length in constant memory: they are read a chunk at a time, forwards and backwards.
+"""Training on sequences of any length in the memory of a part: they are read a chunk at a time, there and back.
 
-What an RNN hands from one chunk to the next is its state. Only those are kept; the rest of a chunk is computed again
-when the gradient comes to it. Cutting the gradient between chunks is truncated backpropagation through time (Williams
-and Peng 1990); letting it through gives the gradients of the whole, at any length.
+What an RNN hands from one chunk to the next is its state. Only those are kept, and what autograd needs to find its way
+(of each chunk about 0.1 MiB a block, whatever its length); the rest is computed again when the gradient comes to it.
+Cutting the gradient between chunks is truncated backpropagation through time (Williams and Peng 1990); letting it
+through gives the gradients of the whole, at any length.
 
 Symbols: M tokens of all sequences laid end to end, N sequences, L blocks, C channels.
 """
@@ -34,10 +35,10 @@ def loss_by_chunks(
         carry_gradients: whether what a chunk reads can be learned from in later ones.
 
     Raises:
-        ValueError: ``chunk_length`` is less than 1.
+        ValueError: ``chunk_length`` is no positive whole number.
     """
-    if chunk_length < 1:
-        raise ValueError(f"chunk_length is {chunk_length}: expected a positive whole number")
+    if type(chunk_length) is not int or chunk_length < 1:
+        raise ValueError(f"chunk_length is {chunk_length!r}: expected a positive whole number")
 
     def part(x: Tensor, labels: Tensor, bounds: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         cache = RwkvCache()
@@ -47,7 +48,7 @@ def loss_by_chunks(
 
     losses: list[Tensor] = []
     state: list[Tensor] = []
-    for begin, end, bounds, continues in _chunks(cu_seqlens, len(x), chunk_length):
+    for begin, end, bounds, continues in chunks(cu_seqlens, chunk_length):
         if not continues:
             state = []
         elif not carry_gradients:
@@ -57,9 +58,13 @@ def loss_by_chunks(
     return torch.stack(losses).sum()
 
 
-def _chunks(cu_seqlens: Tensor, tokens: int, length: int) -> Iterator[tuple[int, int, Tensor, bool]]:
-    """For each chunk its begin and end among all tokens, the bounds of sequences within it from 0 on, and whether its
-    first sequence is that of the last token before it."""
+def chunks(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int, Tensor, bool]]:
+    """The chunks of tokens in sequences that begin at ``cu_seqlens`` (N + 1,).
+
+    For each its begin and end among all tokens, the bounds of sequences within it from 0 on, and whether its first
+    sequence is that of the token before it.
+    """
+    tokens = int(cu_seqlens[-1])
     for begin in range(0, tokens, length):
         end = min(begin + length, tokens)
         inside = cu_seqlens[(cu_seqlens > begin) & (cu_seqlens < end)].tolist()

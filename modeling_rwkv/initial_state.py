@@ -4,6 +4,7 @@ Symbols: L blocks, N sequences, C channels of the residual stream, A channels of
 """
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 
+FILE = "state.safetensors"  # its name in a folder
 WEIGHTLESS = -1e4  # the logarithm of the weight of a past that there is none of
 
 
@@ -30,7 +32,7 @@ class RwkvInitialState(nn.Module):
         self.value = nn.Parameter(torch.empty(layers, attention))
         self.weight = nn.Parameter(torch.empty(layers, attention))
 
-    def layer(self, idx: int, dtype: torch.dtype) -> LayerState:
+    def forward(self, idx: int, dtype: torch.dtype) -> LayerState:
         """The state of block ``idx`` with one row; token-shift inputs in ``dtype``."""
         weight = self.weight[idx].to(torch.promote_types(self.weight.dtype, torch.float32))
         value = self.value[idx].to(weight.dtype)
@@ -57,20 +59,25 @@ class RwkvInitialState(nn.Module):
     def cache(self, rows: int = 1) -> RwkvCache:
         """The same as a cache that has read nothing, to be saved or passed as ``past_key_values``."""
         cache = RwkvCache()
-        layers = [self.layer(idx, self.time_mix.dtype) for idx in range(len(self.value))]
+        layers = [self(idx, self.time_mix.dtype) for idx in range(len(self.value))]
         cache.layers = [LayerState(*(part.repeat(rows, *[1] * (part.ndim - 1)) for part in layer)) for layer in layers]
         return cache
 
 
 def read_initial_state(path: str | os.PathLike | RwkvCache, config: RwkvConfig) -> RwkvCache:
-    """A state to begin with, from a file or a cache, once it is known to fit a model.
+    """A state to begin with, from a cache, a file or a folder with a file ``FILE``, once it is known to fit a model.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no state, has several rows, or is of another model.
+        ValueError: the file is no state, is empty or has several rows, or is of another model.
     """
-    cache = path if isinstance(path, RwkvCache) else RwkvCache.load(path)
-    name = "the state" if isinstance(path, RwkvCache) else f"the state in {os.fspath(path)}"
+    if isinstance(path, RwkvCache):
+        name, cache = "the state", path
+    else:
+        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        name, cache = f"the state in {path}", RwkvCache.load(path)
+    if not cache.layers:
+        raise ValueError(f"{name} is empty: run a model on some tokens first, or give None to begin with nothing")
     if cache.batch_size != 1:
         raise ValueError(f"{name} has {cache.batch_size} rows: a model begins with one; select a row of it")
     cache.check_sizes(config, name)

@@ -125,20 +125,23 @@ class RwkvPreTrainedModel(PreTrainedModel):
     def set_initial_state(self, state: RwkvCache | str | os.PathLike | None) -> None:
         """Begin every sequence with ``state`` of one row, the file of one that :meth:`RwkvCache.save` wrote, or empty.
 
-        It becomes a part of the model, ``initial_state``, that is trained, saved and loaded with it. A cache given as
-        ``past_key_values`` comes before it.
+        It becomes a part of the model, ``initial_state``, that is saved and loaded with it, and trained where the
+        embeddings are. A cache given as ``past_key_values`` comes before it.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: the file is no state, or has several rows, or is of another model.
         """
         model = self.base_model
-        if state is not None:
-            state = read_initial_state(state, model.config)
-            model.initial_state = RwkvInitialState(model.config).to(model.embeddings.weight.device)
-            model.initial_state.set(state)
-        elif model.initial_state is not None:
+        if state is None:
             model.initial_state = None
+        else:
+            state = read_initial_state(state, model.config)
+            like = model.embeddings.weight
+            with torch.inference_mode(False):  # whose tensors could not be trained
+                model.initial_state = RwkvInitialState(model.config)
+                model.initial_state.set(state)
+                model.initial_state.to("cpu" if like.is_meta else like.device).requires_grad_(like.requires_grad)
         model.config.initial_state = self.config.initial_state = state is not None
 
     @torch.no_grad()
@@ -240,7 +243,7 @@ class RwkvModel(RwkvPreTrainedModel):
         """The parts of a LayerState of block ``idx`` before each sequence, (N, ...); none where all are empty."""
         if self.initial_state is None:
             return [layout.begin(part) for part in past.layers[idx]] if past.layers else []
-        new = self.initial_state.layer(idx, dtype)
+        new = self.initial_state(idx, dtype)
         old = past.layers[idx] if past.layers else [part.expand(rows, *part.shape[1:]) for part in new]
         return [layout.begin(part, fresh) for part, fresh in zip(old, new, strict=True)]
 
@@ -307,8 +310,8 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or their indices (n,).
             skip_logits: compute the loss in chunks and return no logits: the same loss in a fraction of the memory,
                 at no cost for labels of -100; see :func:`modeling_rwkv.loss.chunked_loss`.
-            chunk_length: compute the loss, and later its gradients, so many tokens at a time, in memory that does not
-                grow with T; returns nothing else. See :func:`modeling_rwkv.chunks.loss_by_chunks`.
+            chunk_length: compute the loss, and later its gradients, so many tokens at a time, in the memory of these;
+                returns nothing else. See :func:`modeling_rwkv.chunks.loss_by_chunks`.
             carry_gradients: let gradients pass from one chunk to those before it, as without chunks; or cut them off,
                 as truncated backpropagation through time does.
             kwargs: reach the loss, among them ``num_items_in_batch``, by which their sum is divided instead of their
@@ -318,35 +321,36 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument that does not fit the others; names it.
         """
-        layout = None
+        inputs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "seq_idx": seq_idx,
+        }
+        options = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
+        }
         kwargs["vocab_size"] = self.config.vocab_size
         if labels is not None:
-            cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
-            layout, _ = arrange((labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx)
+            tokens = _given(input_ids, inputs_embeds)
+            layout = _layout_of(labels, tokens, **inputs)
             if kwargs.get("shift_labels") is None:
                 kwargs["shift_labels"] = layout.next_labels(labels)
+            if chunk_length is not None:
+                if refused := [name for name, x in {**options, "logits_to_keep": logits_to_keep}.items() if x]:
+                    raise ValueError(f"chunk_length gives the loss and nothing else: leave out {', '.join(refused)}")
+                tokens = layout.pack(tokens).flatten(0, 1)
+                if len(tokens) > 0:
+                    return CausalLMOutputWithPast(
+                        loss=self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs)
+                    )
+                skip_logits = True
         elif skip_logits or chunk_length is not None:
             raise ValueError("without labels there is no loss, and so nothing to compute: give labels")
-        if layout is not None and chunk_length is not None:
-            if past_key_values is not None:
-                raise ValueError("chunk_length starts from nothing: give no past_key_values")
-            tokens = inputs_embeds if input_ids is None else input_ids[..., None]
-            if tokens is None or (input_ids is not None and inputs_embeds is not None):
-                raise ValueError("give either input_ids or inputs_embeds")
-            return CausalLMOutputWithPast(loss=self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs))
-        outputs = self.rwkv(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
+        outputs = self.rwkv(input_ids, inputs_embeds=inputs_embeds, **inputs, **options, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = outputs.last_hidden_state[:, kept]
         logits = None if skip_logits else self.head(x)
@@ -372,21 +376,19 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The loss of ids (B, T, 1), or embeddings (B, T, C), read in chunks."""
-        items = (shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        """The loss of ids (M, 1), or embeddings (M, C), laid end to end as ``layout`` does, read in chunks."""
+        labels = layout.pack(shift_labels[..., None]).flatten(0, 1)
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        rows, length = shift_labels.shape
+        bounds = torch.arange(rows + 1) * length if layout.cu_seqlens is None else layout.cu_seqlens
 
         def read(tokens: Tensor, labels: Tensor, bounds: Tensor, past: RwkvCache) -> tuple[Tensor, RwkvCache]:
             given = {"inputs_embeds": tokens[None]} if tokens.is_floating_point() else {"input_ids": tokens.T}
-            outputs = self.rwkv(**given, cu_seq_lens_q=bounds, past_key_values=past, use_cache=True)
-            hidden = outputs.last_hidden_state
-            return chunked_loss(
-                self.loss_function, self.head, hidden, labels.T, items, **kwargs
-            ), outputs.past_key_values
+            outputs = self.rwkv(**given, cu_seq_lens_q=bounds, past_key_values=past, use_cache=True, return_dict=True)
+            loss = chunked_loss(self.loss_function, self.head, outputs.last_hidden_state, labels.T, items, **kwargs)
+            return loss, outputs.past_key_values
 
-        rows, length, _ = tokens.shape
-        bounds = torch.arange(rows + 1) * length if layout.cu_seqlens is None else layout.cu_seqlens
-        stream, labels = (layout.pack(x).flatten(0, 1) for x in (tokens, shift_labels[..., None]))
-        return loss_by_chunks(read, stream, labels, bounds, chunk_length, carry_gradients)
+        return loss_by_chunks(read, tokens, labels, bounds, chunk_length, carry_gradients)
 
     def prepare_inputs_for_generation(
         self,
@@ -415,6 +417,31 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Ids (B, T, 1) or embeddings (B, T, C), whichever there are."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    return input_ids[..., None] if inputs_embeds is None else inputs_embeds  # type: ignore[index]
+
+
+def _layout_of(
+    labels: Tensor,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Layout:
+    """The layout of a batch of ``tokens`` (B, T, ...), for which ``labels`` must be."""
+    if labels.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the tokens {tuple(tokens.shape[:2])}: give one label for each"
+        )
+    cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    return arrange((labels.shape[0], labels.shape[1]), attention_mask, position_ids, cu_seq_lens, seq_idx)[0]
 
 
 def _scale(config: RwkvConfig, layer_idx: int, dtype: torch.dtype) -> float:

@@ -103,12 +103,39 @@ def test_dropout_of_adapters_is_the_same_when_a_chunk_is_computed_again():
         assert (above - loss().item()) / (2 * step) == pytest.approx(slope, rel=1e-2)
 
 
+def test_blocks_run_once_more_for_the_gradients():
+    model, ids = make(), text(1, 23, 61)
+    calls = []
+
+    def count(block, inputs, output):
+        calls.append(inputs[0].shape[1])
+
+    for block in model.rwkv.blocks:
+        block.register_forward_hook(count)
+    loss = model(ids, labels=ids, chunk_length=9).loss
+    assert calls == [9] * 3 + [9] * 3 + [5] * 3
+    loss.backward()
+    assert sorted(calls) == sorted(2 * ([9] * 3 + [9] * 3 + [5] * 3))
+
+
+def test_a_batch_of_nothing_is_that_of_the_whole():
+    model, ids = make(), text(2, 5, 61)
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, -100)}
+    losses = [model(**batch, num_items_in_batch=3, **how).loss for how in ({}, {"chunk_length": 2})]
+    assert losses[0].item() == losses[1].item() == 0
+    losses[1].backward()  # of processes that train together, one may have such a batch
+    assert model.head.weight.grad is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"chunk_length": 0}, "chunk_length is 0"),
+        ({"chunk_length": 2.0}, "chunk_length is 2.0"),
         ({"labels": None}, "without labels"),
-        ({"past_key_values": "some"}, "chunk_length starts from nothing"),
+        ({"labels": torch.zeros(1, 11, dtype=torch.long)}, r"labels have shape \(1, 11\), the tokens \(1, 9\)"),
+        ({"past_key_values": "some"}, "leave out past_key_values"),
+        ({"use_cache": True, "logits_to_keep": 1}, "leave out use_cache, logits_to_keep"),
     ],
 )
 def test_what_cannot_be_read_in_chunks_is_refused(changes, complaint):

@@ -84,8 +84,9 @@ def test_it_is_a_file_of_its_own(read, tmp_path):
     tuned.rwkv.initial_state.cache().save(path)
     expected = tuned(ids).logits
     plain = make("narrow attention")
-    plain.set_initial_state(path)
-    agree(plain(ids).logits, expected)
+    for place in (path, tmp_path):
+        plain.set_initial_state(place)
+        agree(plain(ids).logits, expected)
     plain.set_initial_state(None)
     same(plain(ids).logits, model(ids).logits)
     cache = RwkvCache.load(path)
@@ -126,10 +127,33 @@ def test_gradients_are_those_of_differences():
     agree(slope, (sides[0] - sides[1]) / 2e-6)
 
 
+def test_it_goes_where_its_model_goes(read, tmp_path):
+    """Weights on the disk are fetched for the modules that are called."""
+    _, _, tuned = read
+    ids = text(1, 5, 77)
+    tuned.save_pretrained(tmp_path / "model")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "disk"
+    )
+    agree(offloaded(ids).logits, tuned(ids).logits)
+
+
+def test_it_is_trained_where_the_embeddings_are():
+    model = make()
+    cache = model(text(1, 3, 61)).past_key_values.detach()
+    for frozen in (True, False):
+        model.requires_grad_(not frozen)
+        with torch.inference_mode():
+            model.set_initial_state(cache)
+        assert all(p.requires_grad != frozen and not p.is_inference() for p in model.rwkv.initial_state.parameters())
+
+
 def test_a_state_that_does_not_fit_is_refused(tmp_path):
     model = make()
     with pytest.raises(ValueError, match="the state has 2 rows"):
         model.set_initial_state(model(text(2, 3, 61)).past_key_values)
+    with pytest.raises(ValueError, match="the state is empty"):
+        model.set_initial_state(RwkvCache())
     other, path = make("one layer"), tmp_path / "other.safetensors"
     other(text(1, 3, 31), use_cache=True).past_key_values.save(path)
     with pytest.raises(ValueError, match=f"the state in {path} comes from another model"):
