@@ -36,8 +36,6 @@ CARD = """\
 
 {results}
 
-![training and validation loss](loss.png)
-
 ## Training
 
 | fact | value |
@@ -72,7 +70,9 @@ RESULTS = """\
 | --- | --- |
 {rows}
 
-Measured on the weights as they are stored ({dtype}), in rows of {length} tokens: what comes
+Measured on the weights as they are stored ({dtype}), in rows of {length} tokens{cut}"""
+
+CUT = """: what comes
 later in a longer document is read without what came before, so the model that keeps its state
 does a little better than this."""
 
@@ -146,12 +146,13 @@ def run_facts(trainer: RwkvTrainer) -> dict[str, str]:
     trained = sum(x.numel() for x in trainer.model.parameters() if x.requires_grad)
     facts = {
         "trained parameters": f"{trained:,}",
-        "tokens seen": f"{logged['num_input_tokens_seen']:,}, padding not counted",
+        "tokens seen": f"{state.num_input_tokens_seen:,}, padding not counted",
         "steps": f"{state.global_step:,} of {rows} rows",
         "epochs": f"{state.epoch:.2f}",
         "training text": "read as a stream",
-        "wall time": f"{logged['wall_seconds'] / 60:.1f} minutes",
     }
+    if "wall_seconds" in logged:
+        facts["wall time"] = f"{logged['wall_seconds'] / 60:.1f} minutes"
     if isinstance(data, PackedRows):
         facts["steps"] += f" x {data.block_size} tokens" if data.packing else " of one example"
         facts["training text"] = f"{len(data.tokens):,} tokens, {data.waste:.1%} of the rows is padding"
@@ -191,8 +192,6 @@ def card_text(
         eval_results=[_result(key, value) for key, value in measured.items() if key in ("loss", "bits_per_byte")][-1:],
     )
     model, config = trainer.model, trainer.model.config
-    rows = "\n".join(f"| {MEASURES[key][0]} | {value:{MEASURES[key][1]}} |" for key, value in measured.items())
-    length = getattr(trainer.eval_dataset, "block_size", None)
     return CARD.format(
         front_matter=front_matter.to_yaml().strip(),
         name=card_args.model_name,
@@ -206,12 +205,24 @@ def card_text(
             program=product.program,
         ),
         use=product.use,
-        results=RESULTS.format(rows=rows, dtype=product.dtype, length=length) if measured else "Not measured.",
+        results=_results(trainer, product, measured),
         facts="\n".join(f"| {key} | {value} |" for key, value in run_facts(trainer).items()),
         command=f"{product.program} {product.options}",
         settings=yaml.safe_dump(dict(settings), sort_keys=False, width=96),
         sources="\n".join(f"- {source}" for source in card_args.data_sources) or "Not stated.",
     )
+
+
+def _results(trainer: RwkvTrainer, product: Product, measured: Mapping[str, float]) -> str:
+    """What was measured, and how, and the curves of it."""
+    parts, data = ["Not measured."], trainer.eval_dataset
+    if measured:
+        rows = "\n".join(f"| {MEASURES[key][0]} | {value:{MEASURES[key][1]}} |" for key, value in measured.items())
+        texts = data.learned is None or data.learned.all()
+        parts = [RESULTS.format(rows=rows, dtype=product.dtype, length=data.block_size, cut=CUT if texts else ".")]
+    if curves(trainer.state.log_history):
+        parts.append("![training and validation loss](loss.png)")
+    return "\n\n".join(parts)
 
 
 def _result(measure: str, value: float) -> EvalResult:
@@ -224,17 +235,23 @@ def _result(measure: str, value: float) -> EvalResult:
     )
 
 
-def plot_loss(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Training and validation loss (nats per token) against training tokens, as a PNG."""
+def curves(log_history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Training and validation loss (nats per token) after so many million training tokens, where there are any."""
+    found = {
+        label: [(entry["num_input_tokens_seen"] / 1e6, entry[key]) for entry in log_history if key in entry]
+        for key, label in (("loss", "training"), ("eval_loss", "validation"))
+    }
+    return {label: points for label, points in found.items() if points}
+
+
+def plot_loss(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """What `curves` found, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(e["num_input_tokens_seen"], e[key]) for e in log_history if key in e]
-        if points:
-            tokens, losses = zip(*points, strict=True)
-            axes.plot([t / 1e6 for t in tokens], losses, marker=".", label=f"{label} ({losses[-1]:.3f})")
+    for label, curve in points.items():
+        axes.plot(*zip(*curve, strict=True), marker=".", label=f"{label} ({curve[-1][1]:.3f})")
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -253,7 +270,11 @@ def save_result(
     Args:
         metrics: of the final weights, as `trainer.evaluate` gives them, and `eval_loss_before` if it is known.
         settings: the options of the run, as its `--config` file would give them; paths are left out.
+
+    Raises:
+        FloatingPointError: a weight that is no number, or none in `product.dtype`.
     """
+    trainer.stop_on_broken_weights()
     folder = Path(trainer.args.output_dir) / product.folder
     new = unfinished(folder)
     model, tokenizer = trainer.model, trainer.processing_class
@@ -269,7 +290,8 @@ def save_result(
     product.save(trainer, new)
     if trainer.args.should_save:
         (new / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to trust
-        plot_loss(trainer.state.log_history, new / "loss.png")
+        if points := curves(trainer.state.log_history):
+            plot_loss(points, new / "loss.png")
         (new / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)

@@ -3,6 +3,7 @@
 A program gives its own options, a way to make a model trainable, and what comes out: see `Method`.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -30,10 +31,26 @@ class SupervisedArguments(RunArguments):
 
     warmup_steps: float = field(default=0.03, metadata={"help": "steps, or below 1 their share, of rising rates"})
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch; a stream has steps only"})
-    save_strategy: str = field(default="epoch", metadata={"help": "likewise"})
+    save_strategy: str | None = field(default=None, metadata={"help": "likewise; default: as often as is measured"})
     eval_on_start: bool = field(default=True, metadata={"help": "measure before the first step"})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "the result is the best, not the last"})
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={"help": "the result is the best, not the last; default: if every checkpoint is measured"},
+    )
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
+
+    def __post_init__(self) -> None:
+        if self.save_strategy is None:
+            self.save_strategy = "epoch" if self.eval_strategy == "no" else self.eval_strategy
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.eval_strategy != "no" and self._measures_checkpoints()
+        super().__post_init__()
+
+    def _measures_checkpoints(self) -> bool:
+        """The Trainer does not keep the best of checkpoints that it has not measured: it refuses to start."""
+        if self.save_strategy == "steps" == self.eval_strategy:
+            return self.save_steps % (self.eval_steps or self.logging_steps or math.inf) == 0
+        return self.save_strategy in ("best", self.eval_strategy)
 
 
 class HasModel(Protocol):

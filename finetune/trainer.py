@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -46,7 +47,8 @@ class RwkvTrainer(Trainer):
         peak_memory: GiB since the beginning, of this process.
 
     Raises:
-        FloatingPointError: a loss that is no number: in which step, in which batch of it.
+        FloatingPointError: a loss that is no number: in which step, in which batch of it; a validation loss or, before
+            a checkpoint counts, a weight that is none.
     """
 
     def __init__(
@@ -120,6 +122,17 @@ class RwkvTrainer(Trainer):
             "lower the learning rate, look at the data of that batch, and start again in another output_dir"
         )
 
+    def stop_on_broken_weights(self) -> None:
+        """All processes call it, each looks at its part of the weights, and all stop together."""
+        trained = (x for x in self.model.parameters() if x.requires_grad)
+        parts = (x.to_local() if isinstance(x, DTensor) else getattr(x, "ds_tensor", x) for x in trained)
+        sound = torch.stack([part.detach().isfinite().all() for part in parts]).all()
+        if not self.accelerator.gather(sound.int()[None]).all():
+            raise FloatingPointError(
+                f"a weight is infinite or not a number after step {self.state.global_step}; lower the learning rate, "
+                "and start again in another output_dir"
+            )
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -158,7 +171,13 @@ class RwkvTrainer(Trainer):
 
     def _metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         nats, tokens, text_nats = evaluation.predictions.astype("float64").sum(axis=0).tolist()
-        metrics = {"nats_per_token": nats / tokens, "perplexity": math.exp(nats / tokens)}
+        if not math.isfinite(nats):
+            raise FloatingPointError(
+                f"the validation loss after step {self.state.global_step} is not a finite number; lower the learning "
+                "rate, look at the validation data, and start again in another output_dir"
+            )
+        perplexity = math.exp(nats / tokens) if nats / tokens < 700 else math.inf
+        metrics = {"nats_per_token": nats / tokens, "perplexity": perplexity}
         if self.validation_bytes:
             metrics["bits_per_byte"] = text_nats / math.log(2) / self.validation_bytes
         return metrics
@@ -193,6 +212,7 @@ class RwkvTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything, then the mark that it is complete; only then remove older ones."""
         self._stop_on_nan()
+        self.stop_on_broken_weights()
         self._speedometer.stop()
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"

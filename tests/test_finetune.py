@@ -31,7 +31,11 @@ from rwkv_finetune.trainer import RwkvTrainer
 WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
 PROGRAMS = {"lora": lora, "full": full, "state": state}
 RESULTS = {"lora": "adapter", "full": "model", "state": "state"}
-OPTIONS = {"lora": {"train_vectors": True, "dropout": 0.1}, "full": {"save_dtype": "float32"}, "state": {}}
+OPTIONS = {
+    "lora": {"train_vectors": True, "dropout": 0.1},
+    "full": {"save_dtype": "float32"},
+    "state": {"learning_rate": 0.3},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +134,7 @@ def refusal(program: str, capsys, *arguments, **options) -> str:
 def test_a_run_learns_and_says_how_much(program, finished):
     entries = history(finished[program].parent)
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < (0.99 if program == "state" else 0.9) * losses[0]
     card = (finished[program] / "README.md").read_text()
     assert f"| {losses[0]:.4f} |" in card and f"| {losses[-1]:.4f} |" in card
     assert (finished[program] / "loss.png").stat().st_size > 0
@@ -241,6 +245,17 @@ def test_a_stopped_run_continues_to_the_same_bits(program, step, finished, base,
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_a_finished_run_is_finished_again(base, data, tmp_path):
+    """Also one too short for a line in its log, which is drawn without a curve."""
+    options = {"validation_share": 0, "max_steps": 1, "logging_steps": 50}
+    result = train("full", base, data, tmp_path / "run", **options)
+    first = weights(result)
+    card = (result / "README.md").read_text()
+    assert weights(train("full", base, data, tmp_path / "run", **options)) == first
+    seen = next(line for line in card.splitlines() if "tokens seen" in line)
+    assert seen in (result / "README.md").read_text() and "| 0," not in seen
+
+
 def test_a_stopped_stream_continues_to_the_same_bits(base, data, tmp_path):
     options = {"streaming": True, "validation_share": 0, "packing": False, "max_steps": 8}
     expected = weights(train("full", base, data, tmp_path / "whole", **options))
@@ -260,6 +275,26 @@ def test_the_best_checkpoint_is_the_result(base, data, tmp_path):
     shutil.rmtree(result)  # as if killed before it was written
     train("full", base, data, tmp_path / "run", learning_rate=3.0, warmup_steps=0, save_dtype="float32")
     assert weights(result) == best
+
+
+@pytest.mark.parametrize(
+    ("options", "saved", "best"),
+    [
+        ({}, "epoch", True),
+        ({"eval_strategy": "steps", "eval_steps": 5}, "steps", True),
+        ({"eval_strategy": "steps", "eval_steps": 3}, "steps", False),  # 500 is not measured
+        ({"eval_strategy": "no"}, "epoch", False),
+        ({"save_strategy": "no"}, "no", False),
+        ({"save_strategy": "steps", "save_steps": 2}, "steps", False),
+        ({"eval_strategy": "steps", "save_steps": 0.2, "eval_steps": 0.1}, "steps", True),
+        ({"save_strategy": "best"}, "best", True),
+        ({"load_best_model_at_end": False}, "epoch", False),
+    ],
+)
+def test_the_best_is_kept_where_every_checkpoint_is_measured(options, saved, best, tmp_path):
+    args = supervised.SupervisedArguments(str(tmp_path), report_to="none", **options)
+    assert (args.save_strategy, args.load_best_model_at_end) == (saved, best)
+    assert not best or (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +322,7 @@ def usual(base, data, tmp_path_factory) -> dict[str, list[float]]:
 
 def losses_of(program: str, base: Path, data: Path, output_dir: Path, **options) -> list[float]:
     """Of three steps, and of evaluations before and after."""
-    both = {"max_steps": 3, "eval_steps": 3, "save_strategy": "no", "load_best_model_at_end": False}
+    both = {"max_steps": 3, "eval_steps": 3, "save_strategy": "no"}
     train(program, base, data, output_dir, **both | options)
     return [entry[key] for entry in history(output_dir) for key in ("loss", "eval_loss") if key in entry]
 
@@ -377,6 +412,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(batch, base,
     assert len(complete_checkpoints(tmp_path / "run")) == (batch - 1) // 4  # none with such weights
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learning_rate": 1e38, "validation_share": 0, "save_strategy": "no"}, "a weight is"),
+        ({"learning_rate": 1e38, "validation_share": 0, "save_steps": 1}, "a weight is"),
+        ({"learning_rate": 1e20}, "validation loss after step 1 "),
+        ({"learning_rate": 1e6, "validation_share": 0, "save_dtype": "float16"}, "a weight is"),
+    ],
+    ids=["result", "checkpoint", "loss", "dtype"],
+)
+def test_weights_that_are_no_numbers_are_never_kept(options, said, base, data, tmp_path, capsys):
+    options = {"warmup_steps": 0, "max_steps": 1, "eval_steps": 1, "lr_scheduler_type": "constant"} | options
+    assert said in refusal("full", capsys, base, data, tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "model").exists()
+    assert said != "a weight is" or "save_steps" not in options or not complete_checkpoints(tmp_path / "run")
+
+
 def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100_000))
     assert "GB free" in refusal("full", capsys, base, data, tmp_path / "run")
@@ -397,7 +449,7 @@ def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, mo
         ("lora", {"rank": 0}, "rank"),
         ("lora", {"targets": "kez"}, "kez"),
         ("lora", {"load_in": "4bit"}, "GPU"),
-        ("lora", {"save_strategy": "epoch"}, "save"),
+        ("lora", {"save_strategy": "epoch", "load_best_model_at_end": True}, "save"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(program, options, said, base, data, tmp_path, capsys):
