@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modeling_rwkv.chunks import chunks
 from rwkv_finetune.packing import IGNORED, PackedRows, TokenStream
 from rwkv_finetune.run_folder import unfinished
 
@@ -50,7 +51,7 @@ def measure(
             for batch in DataLoader(rows, batch_size=max(1, POSITIONS // rows.block_size)):
                 scored = batch["labels"] != IGNORED
                 position = batch["position_ids"][scored]
-                nats.index_add_(0, position, _nats(model, batch)[scored[:, 1:]].cpu().double())
+                nats.index_add_(0, position, _nats(model, batch).cpu()[scored].double())
                 counts.index_add_(0, position, torch.ones_like(position, dtype=torch.float64))
                 bar.update(scored.numel())
             by_length[rows.block_size] = float(nats.sum() / counts.sum())
@@ -59,13 +60,26 @@ def measure(
 
 
 def _nats(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T - 1) float32: of each token of a row after its first, given those before it."""
-    batch = {name: x.to(model.device) for name, x in batch.items()}
-    outputs = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    hidden, targets, head = outputs.last_hidden_state[:, :-1], batch["labels"][:, 1:], model.get_output_embeddings()
-    parts = zip(hidden.flatten(0, 1).split(POSITIONS), targets.flatten().split(POSITIONS), strict=True)
-    nats = [F.cross_entropy(head(x).float(), y, ignore_index=IGNORED, reduction="none") for x, y in parts]
-    return torch.cat(nats).view_as(targets)
+    """(B, T) float32: of each token given those before it in its piece, 0 where there are none.
+
+    Rows are read end to end, POSITIONS tokens at a time, the state carried: of long ones no more is in memory.
+    """
+    ids, head = batch["input_ids"].flatten().to(model.device), model.get_output_embeddings()
+    begins = (batch["position_ids"].flatten() == 0).nonzero()[:, 0]
+    bounds = torch.cat([begins, torch.tensor([len(ids)])])
+    nats, cache = [], None
+    for begin, end, inside, continues in chunks(bounds, POSITIONS):
+        outputs = model.base_model(
+            input_ids=ids[None, begin:end],
+            cu_seq_lens_q=inside,
+            past_key_values=cache if continues else None,
+            use_cache=True,
+        )
+        cache = outputs.past_key_values
+        following = F.pad(ids[begin + 1 : end + 1], (0, end - begin - len(ids[begin + 1 : end + 1])))
+        nats.append(F.cross_entropy(head(outputs.last_hidden_state[0]).float(), following, reduction="none"))
+    of_next = torch.cat(nats).view(batch["labels"].shape)
+    return F.pad(of_next[:, :-1], (1, 0)).masked_fill(batch["labels"].to(model.device) == IGNORED, 0)
 
 
 def _binned(nats: Tensor, counts: Tensor) -> dict[int, float]:

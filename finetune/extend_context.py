@@ -12,10 +12,11 @@
         --validation_file valid.txt --context_lengths 2048 4096 --join_documents true \
         --max_steps 20 --per_device_train_batch_size 1 --output_dir run/
 
-With --chunk_length a row is read so many tokens at a time, forwards and backwards, and only the state between is kept:
-memory does not grow with the row. --carry_gradients false cuts the gradient there (truncated backpropagation through
-time); otherwise gradients are those of the whole row. Every step has as many tokens, whatever the length of its rows:
-per_device_train_batch_size counts the longest ones. max_steps and num_train_epochs are of each length.
+With --chunk_length a row is read so many tokens at a time, forwards and backwards, in the memory of these: see
+modeling_rwkv/chunks.py for what little grows with the row. --carry_gradients false cuts the gradient there (truncated
+backpropagation through time); otherwise gradients are those of the whole row. Every step has as many tokens, whatever
+the length of its rows: per_device_train_batch_size counts the longest ones. max_steps and num_train_epochs are of each
+length.
 
 What is read: rwkv_finetune/examples.py. Options are those below and all of `transformers.TrainingArguments`;
 `--config` reads them from YAML, the command line wins. The same command started again continues where it was.
@@ -34,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_rwkv import demo_model_path
@@ -75,22 +75,17 @@ class ContextArguments:
         default="bfloat16", metadata={"help": "of the results", "choices": ["float32", "bfloat16", "float16"]}
     )
 
+    def reading(self) -> dict[str, Any] | None:
+        """How the model is to read a row; None: whole."""
+        if self.chunk_length is None:
+            return None
+        return {"chunk_length": self.chunk_length, "carry_gradients": self.carry_gradients}
+
 
 @dataclass
 class ContextTrainingArguments(SupervisedArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "of matrices and time_mix"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "rows of the longest length"})
-
-
-class ChunkTrainer(RwkvTrainer):
-    """An RwkvTrainer that reads rows in chunks of `chunk_length` tokens, or whole if that is None."""
-
-    def __init__(self, *args: Any, chunk_length: int | None, carry_gradients: bool, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.chunks = {"chunk_length": chunk_length, "carry_gradients": carry_gradients} if chunk_length else {}
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, **self.chunks}, *args, **kwargs)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m rwkv_finetune.extend_context") -> None:
@@ -124,7 +119,8 @@ def run(
     tokenizer = load_tokenizer(options.model)
     data = load_data(replace(data_args, context_length=options.context_lengths[-1]), tokenizer, args.seed)
     data.warn()
-    course = Course(options, args, card_args, tokenizer, data, program, typed, settings_of(options, data_args, args))
+    settings = settings_of(options, data_args, card_args, args)
+    course = Course(options, args, card_args, settings, tokenizer, data, program, typed)
     course.check()
     with args.main_process_first(local=False, desc="output_dir"):
         claim(Path(args.output_dir), recipe(args, options, data_args))
@@ -138,36 +134,36 @@ def run(
 def check_options(options: ContextArguments, data_args: DataArguments, args: ContextTrainingArguments) -> None:
     """Refuse what cannot work."""
     lengths = options.context_lengths
-    if lengths != sorted(set(lengths)) or min(lengths, default=0) < 2:
-        raise Refusal(f"context_lengths are {lengths}; they must be 2 or more, and rise")
+    if lengths != sorted(set(lengths)) or min(lengths, default=0) < 2 or any(lengths[-1] % n for n in lengths):
+        raise Refusal(f"context_lengths are {lengths}; they must be 2 or more, rise, and divide the last one")
     if options.chunk_length is not None and options.chunk_length < 1:
         raise Refusal(f"chunk_length is {options.chunk_length}; it must be at least 1")
-    if options.chunk_length and args.logit_penalty:
-        raise Refusal("logit_penalty needs all logits at once; it must be 0 with a chunk_length")
-    if data_args.streaming:
-        raise Refusal("streaming is not possible here: rows are made anew for each length")
+    for name in ("logit_penalty", "label_smoothing_factor"):
+        if options.chunk_length and getattr(args, name):
+            raise Refusal(f"{name} needs all logits at once; it must be 0 with a chunk_length")
+    if data_args.streaming or not data_args.packing:
+        raise Refusal("streaming and unpacked rows are not possible here: rows are made anew for each length")
+    if data_args.context_length != DataArguments(train_file="").context_length:
+        raise Refusal(f"context_length is {data_args.context_length}; here it is context_lengths that counts")
     check(data_args, args)
 
 
+@dataclass
 class Course:
     """The runs of one program, one length after the other."""
 
-    def __init__(
-        self,
-        options: ContextArguments,
-        args: ContextTrainingArguments,
-        card_args: CardArguments,
-        tokenizer: PreTrainedTokenizerBase,
-        data: Data,
-        program: str,
-        typed: str,
-        settings: dict[str, Any],
-    ):
-        self.options, self.args, self.card_args = options, args, card_args
-        self.tokenizer, self.collate = tokenizer, data.collate
-        self.program, self.typed, self.settings = program, typed, settings
-        self.output_dir, self.say = Path(args.output_dir), printer(args)
-        self.learned, self.tested = (self._stream(rows) for rows in (data.train, data.validation))
+    options: ContextArguments
+    args: ContextTrainingArguments
+    card_args: CardArguments
+    settings: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    program: str
+    typed: str
+
+    def __post_init__(self) -> None:
+        self.output_dir, self.say = Path(self.args.output_dir), printer(self.args)
+        self.learned, self.tested = (self._stream(rows) for rows in (self.data.train, self.data.validation))
 
     def check(self) -> None:
         """Refuse texts in which there is nothing as long as the rows."""
@@ -191,16 +187,15 @@ class Course:
         self.say(f"rows of {length:,} tokens, {args.per_device_train_batch_size} at a time")
         set_seed(args.seed)
         model = load_model(base, args)
-        trainer = ChunkTrainer(
+        trainer = RwkvTrainer(
             model=model,
             args=args,
             train_dataset=self._rows(self.learned, length),
             eval_dataset=self._rows(self.tested, length),
-            data_collator=self.collate,
+            data_collator=self.data.collate,
             processing_class=self.tokenizer,
             logit_penalty=args.logit_penalty,
-            chunk_length=self.options.chunk_length,
-            carry_gradients=self.options.carry_gradients,
+            reading=self.options.reading(),
         )
         train_to_the_end(trainer, self.say)
         model.config.context_length = length
@@ -212,22 +207,27 @@ class Course:
         return str(save_result(trainer, product, metrics, self.card_args, self.settings))
 
     def measure(self, base: str, name: str) -> None:
-        """Add the losses of the model in the folder `base` to those in `output_dir`, unless they are there."""
-        losses = load_losses(self.output_dir)
-        if self.tested is None or name in losses or not self.args.should_save:
-            return
-        model = load_model(base, self.args).to(self.args.device)
-        longest = self.options.context_lengths[-1]
-        lengths = {length for i in range(7, 32) if (length := 2**i) < longest} | set(self.options.context_lengths)
-        losses[name] = measure(model, self.tested, sorted(lengths), self.tokenizer.pad_token_id, name)
-        save_losses(losses, self.output_dir)
+        """Add the losses of the model in the folder `base` to those in `output_dir`, unless they are there.
+
+        One process measures while others wait, for `--ddp_timeout` seconds at most.
+        """
+        with self.args.main_process_first(local=False, desc=f"measuring {name}"):
+            losses = load_losses(self.output_dir)
+            if self.tested is None or name in losses:
+                return
+            model = load_model(base, self.args).to(self.args.device)
+            longest = self.options.context_lengths[-1]
+            lengths = {length for i in range(7, 32) if (length := 2**i) < longest} | set(self.options.context_lengths)
+            losses[name] = measure(model, self.tested, sorted(lengths), self.tokenizer.pad_token_id, name)
+            save_losses(losses, self.output_dir)
         self.say(f"{name}: {losses[name].by_length[longest]:.4f} nats per token in a context of {longest:,}")
 
     def _stream(self, rows: Any) -> TokenStream | None:
         """The documents of `rows`, or one of them all."""
-        if rows is None or not self.options.join_documents:
-            return None if rows is None else rows.stream
-        return replace(rows.stream, offsets=rows.stream.offsets[[0, -1]])
+        if rows is None:
+            return None
+        stream: TokenStream = rows.stream
+        return replace(stream, offsets=stream.offsets[[0, -1]]) if self.options.join_documents else stream
 
     def _rows(self, stream: TokenStream | None, length: int) -> PackedRows | None:
         return None if stream is None else PackedRows(stream, length, self.tokenizer.pad_token_id)

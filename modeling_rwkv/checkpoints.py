@@ -278,6 +278,11 @@ def _match(tensors: Mapping[str, Any], side: Literal["pth", "hub"], source: Path
             f"{source} has no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing); "
             "give a complete RWKV-4 checkpoint"
         )
+    if any(".initial_state." in name for name in tensors):
+        raise CheckpointError(
+            f"{source} begins with a state, which a .pth file cannot hold; save the state as a file of its own "
+            "(rwkv.initial_state.cache().save), then the model after set_initial_state(None)"
+        )
     if unknown := [name for name in tensors if name not in wanted]:
         raise CheckpointError(
             f"{source} has a tensor {unknown[0]} that RWKV-4 does not know "

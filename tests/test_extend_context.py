@@ -3,13 +3,17 @@
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import make, same
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("datasets")
@@ -48,7 +52,7 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def run(base: Path, data: Path, output_dir: Path, **options) -> Path:
+def command_line(base: Path, data: Path, output_dir: Path, **options) -> list[str]:
     settings = {
         "model": base,
         "train_file": data,
@@ -61,7 +65,11 @@ def run(base: Path, data: Path, output_dir: Path, **options) -> Path:
         "disable_tqdm": "true",
     }
     words = [f"--{key}={value}" for key, value in (settings | options).items()]
-    extend_context.main([*words, "--context_lengths", "32", "64"])
+    return [*words, "--context_lengths", "32", "64"]
+
+
+def run(base: Path, data: Path, output_dir: Path, **options) -> Path:
+    extend_context.main(command_line(base, data, output_dir, **options))
     return output_dir
 
 
@@ -115,15 +123,44 @@ def test_a_run_that_was_stopped_goes_on_at_the_length_it_was_at(base, data, fini
         with pytest.raises(Stop):
             run(base, data, tmp_path / "run")
     written = (tmp_path / "run/32/model/model.safetensors").stat().st_mtime_ns
-    run(base, data, tmp_path / "run")
+    measured = []
+    with pytest.MonkeyPatch.context() as patch:
+        measure = extend_context.measure
+        patch.setattr(extend_context, "measure", lambda *args: measured.append(args[-1]) or measure(*args))
+        run(base, data, tmp_path / "run")
+    assert measured == ["64 tokens"]
     assert (tmp_path / "run/32/model/model.safetensors").stat().st_mtime_ns == written
     for one, other in zip(parameters(tmp_path / "run/64/model"), parameters(finished / "64/model"), strict=True):
         same(one, other)
     assert (tmp_path / "run/context.json").read_text() == (finished / "context.json").read_text()
 
 
+def test_two_processes_go_from_one_length_to_the_next(base, data, finished, tmp_path):
+    """Both start from what one of them has written."""
+    words = command_line(base, data, tmp_path / "run", chunk_length=10, per_device_train_batch_size=1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    program = [*launcher, "-m", "rwkv_finetune.extend_context", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = run(base, data, tmp_path / "alone", chunk_length=10, per_device_train_batch_size=2)
+    for one, other in zip(parameters(tmp_path / "run/64/model"), parameters(alone / "64/model"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert list(context.load_losses(tmp_path / "run")) == ["as it was", "32 tokens", "64 tokens"]
+
+
+def test_what_is_measured_is_what_is_saved(base, data, tmp_path):
+    folder = run(base, data, tmp_path / "run", save_dtype="bfloat16", max_steps=1)
+    assert {x.dtype for x in load_file(folder / "64/model/model.safetensors").values()} == {torch.bfloat16}
+    state = json.loads((folder / "64/trainer_state.json").read_text())
+    measured = context.load_losses(folder)["64 tokens"].by_length[64]
+    assert state["log_history"][-1]["eval_loss"] == pytest.approx(measured, rel=1e-5)
+
+
 @pytest.mark.parametrize("joined", [False, True])
-def test_losses_are_those_of_each_token_after_what_is_read_with_it(joined):
+@pytest.mark.parametrize("positions", [5, 2048])
+def test_losses_are_those_of_each_token_after_what_is_read_with_it(joined, positions, monkeypatch):
+    monkeypatch.setattr(context, "POSITIONS", positions)
     model = make({"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2})
     generator = np.random.default_rng(0)
     lengths = [40] if joined else [3, 17, 1, 20]
@@ -151,12 +188,16 @@ def test_losses_are_those_of_each_token_after_what_is_read_with_it(joined):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"context_lengths": "8 4"}, "they must be 2 or more, and rise"),
-        ({"context_lengths": "1"}, "they must be 2 or more, and rise"),
+        ({"context_lengths": "8 4"}, "they must be 2 or more, rise"),
+        ({"context_lengths": "1"}, "they must be 2 or more, rise"),
+        ({"context_lengths": "8 12"}, "and divide the last one"),
         ({"context_lengths": "9999"}, "no document of train_file has 9,999 tokens"),
+        ({"context_length": "8"}, "it is context_lengths that counts"),
         ({"chunk_length": "0"}, "chunk_length is 0; it must be at least 1"),
-        ({"chunk_length": "8", "logit_penalty": "1e-4"}, "it must be 0 with a chunk_length"),
-        ({"streaming": "true", "max_steps": "1"}, "streaming is not possible"),
+        ({"chunk_length": "8", "logit_penalty": "1e-4"}, "logit_penalty needs all logits"),
+        ({"chunk_length": "8", "label_smoothing_factor": "0.1"}, "label_smoothing_factor needs all logits"),
+        ({"streaming": "true", "max_steps": "1"}, "streaming and unpacked rows are not possible"),
+        ({"packing": "false"}, "streaming and unpacked rows are not possible"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(base, data, tmp_path, capsys, options, complaint):

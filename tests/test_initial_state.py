@@ -6,6 +6,7 @@ from models import agree, make, padded, same, text
 from transformers import AutoModelForCausalLM
 
 from modeling_rwkv import RwkvCache, RwkvConfig, RwkvForCausalLM, RwkvModel
+from modeling_rwkv.checkpoints import CheckpointError, convert
 from modeling_rwkv.initial_state import WEIGHTLESS, RwkvInitialState
 
 
@@ -125,6 +126,13 @@ def test_gradients_are_those_of_differences():
                 p += step * d
             sides.append(model(ids).logits.square().mean())
     agree(slope, (sides[0] - sides[1]) / 2e-6)
+
+
+def test_a_pth_file_cannot_hold_it(read, tmp_path):
+    _, _, tuned = read
+    tuned.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="begins with a state, which a .pth file cannot hold"):
+        convert(tmp_path / "model", tmp_path / "model.pth")
 
 
 def test_it_goes_where_its_model_goes(read, tmp_path):
