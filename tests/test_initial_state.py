@@ -131,7 +131,7 @@ def test_gradients_are_those_of_differences():
 def test_a_pth_file_cannot_hold_it(read, tmp_path):
     _, _, tuned = read
     tuned.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="begins with a state, which a .pth file cannot hold"):
+    with pytest.raises(CheckpointError, match="begins with a state"):
         convert(tmp_path / "model", tmp_path / "model.pth")
 
 
