@@ -1,7 +1,7 @@
 """Arguments of the training programs: dataclasses, a YAML file, and a command line that wins.
 
     parser = ProgramParser((ModelArguments, TrainingArguments), description=__doc__)
-    model_args, training_args = parser.parse()
+    parser.run(argv, program)  # program(model_args, training_args, prog, typed)
 
 `--config FILE` names a YAML mapping from field names to values. Every key must be a field of one
 of the dataclasses; the command line is read after the file and therefore wins. Whatever is wrong
@@ -10,8 +10,9 @@ is one sentence on stderr and exit status 2.
 
 import difflib
 import json
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,14 @@ class ProgramParser(HfArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0].split("=")[0].lstrip("-"), "the command line"))
         return tuple(parsed)
+
+    def run(self, argv: Sequence[str] | None, program: Callable[..., None]) -> None:
+        """`program(*objects, prog, options as they were typed)`, and in one sentence what is wrong."""
+        words = list(sys.argv[1:] if argv is None else argv)
+        try:
+            program(*self.parse(words), self.prog, shlex.join(words))
+        except (Refusal, FloatingPointError, OSError) as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         """One sentence instead of a screen of usage: there are more than a hundred options."""

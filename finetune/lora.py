@@ -102,14 +102,16 @@ def adapted(model: nn.Module, options: LoraArguments) -> AdaptedModel:
     """`model` with an adapter, and with its own parameters frozen, but for the vectors if they are trained.
 
     Raises:
-        Refusal: a target that no matrix of the model has, or a rank that cannot be.
+        Refusal: a target that no matrix of the model has, or a rank or dropout that cannot be.
     """
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     for target in options.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise Refusal(f"targets: no matrix of the model ends in {target!r}; there are attention.key, head, ...")
     if options.rank < 1:
         raise Refusal(f"rank is {options.rank}; it must be at least 1")
+    if not 0 <= options.dropout < 1:
+        raise Refusal(f"dropout is {options.dropout}; it must be from 0 up to, but not, 1")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,

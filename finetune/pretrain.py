@@ -25,8 +25,6 @@ output_dir/
     model/              the result: weights, tokenizer, README.md (model card), loss.png
 """
 
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,17 +89,8 @@ class PretrainingArguments(RunArguments):
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m rwkv_finetune.pretrain") -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = ProgramParser(
-        (ModelArguments, DataArguments, CardArguments, PretrainingArguments),
-        prog=prog,
-        description="Train an RWKV-4 from scratch on a text file.",
-    )
-    model_args, data_args, card_args, training_args = parser.parse(argv)
-    try:
-        run(model_args, data_args, card_args, training_args, prog, shlex.join(argv))
-    except (Refusal, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+    groups = (ModelArguments, DataArguments, CardArguments, PretrainingArguments)
+    ProgramParser(groups, prog=prog, description="Train an RWKV-4 from scratch on a text file.").run(argv, run)
 
 
 def run(

@@ -1,8 +1,9 @@
 """What every training program does around its model and its data: options, folder, checkpoints, result.
 
-arguments -> claim the folder -> data and model -> train from the newest checkpoint -> evaluate -> save
+arguments -> model and data -> claim the folder -> train from the newest checkpoint -> evaluate -> save
 """
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,20 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rwkv_finetune.arguments import Refusal
-from rwkv_finetune.run_folder import complete_checkpoints, sha256
+from rwkv_finetune.run_folder import COMPLETE, complete_checkpoints, sha256
 from rwkv_finetune.trainer import RwkvTrainer
 
-# With the contents of the files and the model's own options, what decides the weights that come out.
-RECIPE = {
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
-    *("num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("optim", "logit_penalty", "seed", "data_seed", "bf16", "fp16"),
-}
+# Beginnings of the names of TrainingArguments with which a run may be continued otherwise than it was begun: logs,
+# places, devices, workers and memory.
+HARMLESS = (
+    *("log_", "logging_", "report_to", "run_name", "project", "trackio_", "hub_", "push_to_hub", "disable_tqdm"),
+    *("output_dir", "resume_from_checkpoint", "save_total_limit", "save_on_each_node", "debug", "do_", "skip_memory"),
+    *("use_cpu", "local_rank", "ddp_", "fsdp", "deepspeed", "parallelism_config", "full_determinism"),
+    *("dataloader_num", "dataloader_p", "dataloader_multi", "activation_checkpointing", "gradient_checkpointing"),
+    *("torch_", "eval_accumulation_steps", "per_device_", "gradient_accumulation_steps"),  # see rows_per_step
+)
 FILES = ("train_file", "validation_file")
+LOCAL = {*FILES, "model", "state", "tokenizer"}  # which may be paths
 PATHS = {*FILES, "output_dir", "logging_dir", "resume_from_checkpoint"}
+LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "logit_penalty", "seed", "save_total_limit"), 0
+    ),
+}
 
 
 @dataclass
@@ -55,43 +67,59 @@ class RunArguments(TrainingArguments):
 def prepare(args: RunArguments, smallest: Mapping[str, tuple[float, float]]) -> None:
     """Refuse what cannot work, such as an option below its least value, given as name: (value, least)."""
     args.dataloader_pin_memory &= torch.accelerator.is_available()
-    rows = {"per_device_train_batch_size": (args.per_device_train_batch_size, 1)}
-    for name, (value, least) in {**smallest, **rows}.items():
-        if value < least:
-            raise Refusal(f"{name} is {value}; it must be at least {least}")
+    for name, (value, least) in {**smallest, **{name: (getattr(args, name), LEAST[name]) for name in LEAST}}.items():
+        if value is not None and not least <= value < math.inf:
+            raise Refusal(f"{name} is {value}; it must be a number, and at least {least}")
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise Refusal(f"max_steps is {args.max_steps}; it must be at least 1, or -1 for num_train_epochs to count")
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise Refusal(f"num_train_epochs is {args.num_train_epochs}; it must be more than 0")
+    if args.fp16 and args.device.type == "cpu":
+        raise Refusal("fp16 needs a GPU; on a CPU use bf16, or neither")
     if args.remove_unused_columns:
         raise Refusal("remove_unused_columns must be false: rows need their position_ids")
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
-        raise Refusal(f"resume_from_checkpoint: there is no folder {args.resume_from_checkpoint}")
+    if args.resume_from_checkpoint and not (Path(args.resume_from_checkpoint) / COMPLETE).exists():
+        raise Refusal(
+            f"resume_from_checkpoint: {args.resume_from_checkpoint} is no complete checkpoint; name a folder "
+            f"checkpoint-* that holds a file {COMPLETE}"
+        )
+    try:
+        for logger in get_reporting_integration_callbacks(args.report_to):
+            logger()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise Refusal(f"report_to: {error}") from error
 
 
 def recipe(args: RunArguments, *groups: Any) -> dict[str, Any]:
-    """Everything that decides the result, of these dataclasses: files by content, not by name."""
+    """Everything that decides the result, of these dataclasses: files by content, folders by their full names."""
     options = {key: value for group in groups for key, value in asdict(group).items()}
-    files = {key: options[key] for key in FILES if options.get(key)}
-    hashes = {
-        f"{key.removesuffix('_file')}_sha256": sha256(path) for key, path in files.items() if Path(path).is_file()
-    }
-    names = {key: path for key, path in files.items() if not Path(path).is_file()}
+    for key in LOCAL & options.keys():
+        path = Path(options[key] or "")
+        if options[key] and path.exists():
+            options[key] = f"sha256 {sha256(path)}" if path.is_file() else str(path.resolve())
     return {
-        **{key: value for key, value in options.items() if key not in PATHS},
-        **{key: value for key, value in args.to_dict().items() if key in RECIPE},
+        **options,
+        **{key: value for key, value in args.to_dict().items() if not key.startswith(HARMLESS)},
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        **hashes,
-        **names,
     }
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that can end a document and pad a row, with its end of text if need be.
 
     Raises:
-        Refusal: there is none, or it cannot end a text.
+        Refusal: there is none, it cannot end a text, or it has more tokens than `vocab_size`, that of a model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise Refusal(f"no tokenizer can be loaded from {name}; name a folder with tokenizer.json") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what AutoTokenizer makes of a config alone
+        raise Refusal(f"there is no tokenizer in {name}; put its tokenizer.json there")
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise Refusal(
+            f"the tokenizer in {name} has {len(tokenizer):,} tokens, the model {vocab_size:,}; give it its own"
+        )
     if tokenizer.eos_token_id is None:
         raise Refusal(f"the tokenizer in {name} has no end-of-text token; give it one")
     if tokenizer.pad_token_id is None:

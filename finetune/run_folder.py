@@ -22,7 +22,7 @@ def claim(folder: Path, recipe: dict[str, Any]) -> None:
     """Create `folder` for `recipe` (JSON values), or see that it was created for the same one.
 
     Raises:
-        Refusal: it is a file, holds something else, or was started with another recipe.
+        Refusal: it is a file, cannot be made, holds something else, or was started with another recipe.
     """
     record = folder / "run.json"
     recipe = json.loads(json.dumps(recipe))
@@ -31,7 +31,10 @@ def claim(folder: Path, recipe: dict[str, Any]) -> None:
     if not record.exists():
         if folder.exists() and any(path != unfinished(record) for path in folder.iterdir()):
             raise Refusal(f"output_dir {folder} holds files of something else; choose a new one")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refusal(f"output_dir {folder} cannot be made: {error.strerror}; choose another place") from error
         unfinished(record).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished(record), record)
         return

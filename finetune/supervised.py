@@ -4,17 +4,26 @@ A program gives its own options, a way to make a model trainable, and what comes
 """
 
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    IntervalStrategy,
+    PreTrainedModel,
+    set_seed,
+)
 
 from modeling_rwkv import RwkvConfig
+from modeling_rwkv.initial_state import FILE as STATE
 from rwkv_finetune.arguments import ProgramParser, Refusal, settings_of
 from rwkv_finetune.data import Data, DataArguments, load_data
 from rwkv_finetune.packing import PackedRows
@@ -74,22 +83,15 @@ class Method(Generic[Options]):
     description: str
     options: type[Options]
     training: type[SupervisedArguments]
-    build: Callable[[Options, SupervisedArguments], torch.nn.Module]
+    build: Callable[[Options, SupervisedArguments], PreTrainedModel | PeftModel]
     finish: Callable[[torch.nn.Module, Options], None]
     product: Callable[[Options, str, str], Product]
 
 
 def main(method: Method[Any], argv: list[str] | None, prog: str) -> None:
     """Parse, run, and say in one sentence what is wrong."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = ProgramParser(
-        (method.options, DataArguments, CardArguments, method.training), prog=prog, description=method.description
-    )
-    options, data_args, card_args, args = parser.parse(argv)
-    try:
-        run(method, options, data_args, card_args, args, prog, shlex.join(argv))
-    except (Refusal, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+    groups = (method.options, DataArguments, CardArguments, method.training)
+    ProgramParser(groups, prog=prog, description=method.description).run(argv, partial(run, method))
 
 
 def run(
@@ -108,14 +110,15 @@ def run(
     """
     check(data_args, args)
     say = printer(args)
-    tokenizer = load_tokenizer(options.model)
+    set_seed(args.seed)
+    model = method.build(options, args)
+    tokenizer = load_tokenizer(options.model, model.config.vocab_size)
     data = load_data(data_args, tokenizer, args.seed)
     _say_data(data, data_args, say)
     with args.main_process_first(local=False, desc="output_dir"):
         claim(Path(args.output_dir), recipe(args, options, data_args))
-    set_seed(args.seed)
     trainer = RwkvTrainer(
-        model=method.build(options, args),
+        model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.validation,
@@ -152,11 +155,12 @@ def check(data_args: DataArguments, args: SupervisedArguments) -> None:
             raise Refusal("a stream has no end: say with --max_steps how long to train")
         if data_args.validation_share and not data_args.validation_file:
             raise Refusal("no share of a stream can be held out; name a validation_file")
-        for name in ("eval_strategy", "save_strategy"):
-            if getattr(args, name) == "epoch":
-                setattr(args, name, type(getattr(args, name))("steps"))
+        for name in ("eval", "save"):
+            if getattr(args, f"{name}_strategy") == "epoch":
+                setattr(args, f"{name}_strategy", IntervalStrategy.STEPS)
+                setattr(args, f"{name}_steps", args.eval_steps or args.save_steps)
     if not data_args.validation_file and not data_args.validation_share:
-        args.eval_strategy = type(args.eval_strategy)("no")
+        args.eval_strategy = IntervalStrategy.NO
         args.load_best_model_at_end = args.eval_on_start = False
 
 
@@ -168,6 +172,10 @@ def load_model(
     Raises:
         Refusal: there is none, or what there is is no RWKV-4.
     """
+    if (Path(name) / ADAPTER).exists():
+        raise Refusal(f"model {name} is an adapter; make a model of it first: rwkv merge {name} OUT")
+    if (Path(name) / STATE).exists():
+        raise Refusal(f"model {name} is a state; name its model, and give the state to rwkv finetune state --state")
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     try:
         config = AutoConfig.from_pretrained(name)

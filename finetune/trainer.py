@@ -184,6 +184,7 @@ class RwkvTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's mean over rows gives a short row the weight of a full one: replace it."""
+        self._stop_on_nan()
         self._speedometer.stop()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
