@@ -19,6 +19,8 @@ from transformers import (
     BitsAndBytesConfig,
     IntervalStrategy,
     PreTrainedModel,
+    TrainerCallback,
+    TrainerState,
     set_seed,
 )
 
@@ -77,6 +79,7 @@ class Method(Generic[Options]):
 
     options: its dataclass, with a field `model`; training: its SupervisedArguments.
     build: the model to train, from both; finish: what is done to it before it is measured and saved.
+    begin: what is done to it between its first measurement, as it came, and the first step.
     product: what comes out, from the options and (program, options) as they were typed.
     """
 
@@ -86,6 +89,18 @@ class Method(Generic[Options]):
     build: Callable[[Options, SupervisedArguments], PreTrainedModel | PeftModel]
     finish: Callable[[torch.nn.Module, Options], None]
     product: Callable[[Options, str, str], Product]
+    begin: Callable[[torch.nn.Module], None] = lambda model: None
+
+
+class Beginning(TrainerCallback):
+    """Calls `begin` once in a run; one that is continued has begun."""
+
+    def __init__(self, begin: Callable[[torch.nn.Module], None]):
+        self.begin = begin
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.begin(kwargs["model"])
 
 
 def main(method: Method[Any], argv: list[str] | None, prog: str) -> None:
@@ -125,6 +140,7 @@ def run(
         data_collator=data.collate,
         processing_class=tokenizer,
         logit_penalty=args.logit_penalty,
+        callbacks=[Beginning(method.begin)],
     )
     try:
         train_to_the_end(trainer, say)

@@ -1,5 +1,6 @@
 """Laws of the fine-tuning programs: what is trained and saved, runs that are stopped, and what users are told."""
 
+import dataclasses
 import json
 import math
 import random
@@ -261,6 +262,22 @@ def test_a_stopped_stream_continues_to_the_same_bits(base, data, tmp_path):
     expected = weights(train("full", base, data, tmp_path / "whole", **options))
     stopped(7, "full", base, data, tmp_path / "run", **options)
     assert weights(train("full", base, data, tmp_path / "run", **options)) == expected
+
+
+def test_a_method_begins_after_the_first_measurement_and_once(base, data, tmp_path, monkeypatch):
+    def begin(model):
+        begun.append(model.head.weight.abs().max().item())
+        with torch.no_grad():
+            model.head.weight.zero_()
+
+    begun: list[float] = []
+    monkeypatch.setattr(full, "METHOD", dataclasses.replace(full.METHOD, begin=begin))
+    options = {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "learning_rate": 0, "save_dtype": "float32"}
+    stopped(2, "full", base, data, tmp_path / "run", **options)
+    train("full", base, data, tmp_path / "run", **options)
+    losses = [entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
+    assert len(begun) == 1 and begun[0] > 0
+    assert losses[1:] == pytest.approx([math.log(300)] * 3, rel=1e-5) and abs(losses[0] - losses[1]) > 1e-2
 
 
 def test_the_best_checkpoint_is_the_result(base, data, tmp_path):
