@@ -10,7 +10,8 @@ r"""Rows of instruction sets, chats and texts as tokens, of which the answers ar
 
 The first of these whose columns are there is chosen, unless `columns` says otherwise. An answer ends with the
 end-of-text token, which is learned, too. Prompt and answer are tokenised apart, so that a model is trained on the
-very tokens that it sees when it generates.
+very tokens that it sees when it generates. A text that spells a special token such as `<|endoftext|>` gets the tokens
+of its letters; under a chat template it is the special token, whoever wrote it.
 """
 
 import json

@@ -5,25 +5,26 @@
     a folder                                  of such files, or what `save_to_disk` wrote
     anything else                             an id of the Hub
 
-Cells of a CSV are text, whatever they look like.
+Cells of a CSV are text, whatever they look like, and every row has as many as the header.
 """
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import datasets
+import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pyarrow import ArrowException  # type: ignore[import-untyped]
 
 from rwkv_eval.documents import read_documents
 from rwkv_finetune.arguments import Refusal
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-UNREADABLE = (DatasetGenerationError, ArrowException, UnicodeDecodeError, StopIteration)
+UNREADABLE = (DatasetGenerationError, pyarrow.ArrowException, csv.Error, UnicodeDecodeError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,32 @@ def _load(path: Path, name: str, split: str, subset: str | None, streaming: bool
     if not path.is_file():
         return datasets.load_dataset(name, subset, split=split, streaming=streaming)
     builder = BUILDERS[path.suffix]
-    options: dict[str, Any] = {}
-    if builder == "text":
-        rows = datasets.IterableDataset.from_generator(_documents, gen_kwargs={"path": name})
+    if builder in OWN:
+        rows = datasets.IterableDataset.from_generator(OWN[builder], gen_kwargs={"path": name})
         return rows if streaming else datasets.Dataset.from_list(list(rows))
-    if builder == "csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
-        options = {
-            "features": datasets.Features({column: datasets.Value("string") for column in header}),
-            "na_filter": False,  # "NA" and "null" are words, too
-        }
-    return datasets.load_dataset(builder, data_files=name, split="train", streaming=streaming, **options)
+    if builder == "parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
+        raise Refusal(f"{name} holds no rows; is it the right file?")
+    return datasets.load_dataset(builder, data_files=name, split="train", streaming=streaming)
 
 
-def _documents(path: str) -> Any:
+def _documents(path: str) -> Iterator[dict[str, str]]:
     for text in read_documents(path):
         yield {"text": text}
+
+
+def _cells(path: str) -> Iterator[dict[str, str]]:
+    """What `datasets` would fill up with empty text, and read as a number, is refused, and is text."""
+    csv.field_size_limit(2**31 - 1)  # of all readers, and 128 KiB otherwise
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        header = next(rows, [])
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise Refusal(f"{path}, line {rows.line_num}: expected {len(header)} cells, there are {len(row)}")
+            yield dict(zip(header, row, strict=True))
+
+
+OWN = {"text": _documents, "csv": _cells}
 
 
 def unreadable(name: str, error: BaseException) -> Refusal:

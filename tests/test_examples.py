@@ -280,6 +280,9 @@ REFUSED = {
     "empty": ("train.jsonl", "", ["train.jsonl", "no rows"]),
     "empty array": ("train.json", "[]", ["train.json", "no rows"]),
     "header alone": ("train.csv", "prompt,completion\n", ["train.csv", "no rows"]),
+    "a cell too few": ("train.csv", 'prompt,completion\n"a\nb",c\nthe\n', ["train.csv", "line 4", "2 cells", "1"]),
+    "a cell too many": ("train.csv", "prompt,completion\nthe,cat,sat\n", ["train.csv", "line 2", "2 cells", "3"]),
+    "an open quote": ("train.csv", 'prompt,completion\nthe,"cat\n', ["train.csv", "end of data"]),
     "no documents": ("train.txt", "\n", ["train.txt", "no document"]),
     "unknown format": ("train.xlsx", "x", [".xlsx", ".jsonl"]),
     "broken line": ("train.jsonl", f'{json.dumps(GOOD)}\n\n{{"prompt": "a",\n', ["line 3", "not JSON"]),
@@ -314,6 +317,21 @@ def test_bad_data_is_refused_where_it_stands(case, stream, tokenizer, tmp_path):
         load(str(tmp_path / name), tokenizer, streaming=stream)
     for word in said:
         assert word in str(refusal.value), refusal.value
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_table_without_rows_is_refused(stream, tokenizer, tmp_path):
+    datasets.Dataset.from_list([GOOD]).select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(Refusal, match=r"train\.parquet holds no rows"):
+        load(str(tmp_path / "train.parquet"), tokenizer, streaming=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cell_may_be_long_or_hold_nothing(stream, tokenizer, tmp_path):
+    rows = [{"prompt": "the cat " * 20_000, "completion": "ran"}, {"prompt": "", "completion": "sat"}]
+    found = load(write(tmp_path, rows, "train.csv"), tokenizer, streaming=stream, context_length=10**6).train
+    wanted = [expected(tokenizer, (row["prompt"], False), (row["completion"], True)) for row in rows]
+    assert sorted(pairs(found.take(2) if stream else found)) == sorted(wanted)
 
 
 @pytest.mark.parametrize(
