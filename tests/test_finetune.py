@@ -294,6 +294,15 @@ def test_the_best_checkpoint_is_the_result(base, data, tmp_path):
     assert weights(result) == best
 
 
+def test_a_stream_is_measured_and_saved_at_steps(base, data, tmp_path):
+    """It has no epochs, which are the default."""
+    options = {"streaming": True, "validation_share": 0, "validation_file": data, "max_steps": 4}
+    strategies = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    train("full", base, data, tmp_path / "run", **options, **strategies)
+    measured = [entry["step"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
+    assert measured == [0, 2, 4, 4] and len(complete_checkpoints(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "saved", "best"),
     [
@@ -320,8 +329,9 @@ def test_the_best_is_kept_where_every_checkpoint_is_measured(options, saved, bes
         {"gradient_checkpointing": True},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_eval_batch_size": 1},
     ],
-    ids=["recomputed", "at once", "one by one"],
+    ids=["recomputed", "at once", "one by one", "measured one by one"],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_other_ways_to_the_same_losses(program, options, usual, base, data, tmp_path):
