@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -83,11 +83,21 @@ def prepare(args: RunArguments, smallest: Mapping[str, tuple[float, float]]) -> 
             f"resume_from_checkpoint: {args.resume_from_checkpoint} is no complete checkpoint; name a folder "
             f"checkpoint-* that holds a file {COMPLETE}"
         )
+    _try_libraries(args)
+
+
+def _try_libraries(args: RunArguments) -> None:
+    """Refuse loggers and optimizers that are not there, or do not take their options."""
     try:
         for logger in get_reporting_integration_callbacks(args.report_to):
             logger()
     except (ValueError, RuntimeError, ImportError) as error:
         raise Refusal(f"report_to: {error}") from error
+    try:
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer([nn.Parameter(torch.zeros(1))], **settings)
+    except (ValueError, ImportError) as error:
+        raise Refusal(f"optim {args.optim.value}: {error}") from error
 
 
 def recipe(args: RunArguments, *groups: Any) -> dict[str, Any]:

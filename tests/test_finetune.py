@@ -138,6 +138,7 @@ def test_a_run_learns_and_says_how_much(program, finished):
     assert losses[-1] < (0.99 if program == "state" else 0.9) * losses[0]
     card = (finished[program] / "README.md").read_text()
     assert f"| {losses[0]:.4f} |" in card and f"| {losses[-1]:.4f} |" in card
+    assert "longer document" not in card  # of which an answer is no part
     assert (finished[program] / "loss.png").stat().st_size > 0
     steps = [entry for entry in entries if "loss" in entry]
     assert all(entry["tokens_per_second"] > 0 and entry["peak_memory"] > 0 for entry in steps)
@@ -253,6 +254,7 @@ def test_a_finished_run_is_finished_again(base, data, tmp_path):
     first = weights(result)
     card = (result / "README.md").read_text()
     assert weights(train("full", base, data, tmp_path / "run", **options)) == first
+    assert not (result / "loss.png").exists() and "loss.png" not in card
     seen = next(line for line in card.splitlines() if "tokens seen" in line)
     assert seen in (result / "README.md").read_text() and "| 0," not in seen
 
@@ -483,6 +485,7 @@ def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, mo
         ("full", {"max_steps": -1, "num_train_epochs": -1}, "num_train_epochs"),
         ("full", {"fp16": True}, "fp16"),
         ("full", {"report_to": "foo"}, "report_to: foo"),
+        ("full", {"adam_beta1": 2}, "optim adamw"),
         ("full", {"report_to": "wandb"}, "report_to"),
         ("full", {"resume_from_checkpoint": "tests"}, "checkpoint-*"),
         ("lora", {"dropout": 2}, "dropout"),

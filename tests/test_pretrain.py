@@ -397,7 +397,7 @@ def test_the_card_tells_the_truth(finished, texts):
     said = result["results"][0]["metrics"][0]["value"]
     loss, bits_per_byte = measured_alone(finished / "model", texts[1])
     assert said == pytest.approx(bits_per_byte, abs=1e-4)
-    assert f"| {said:.4f} |" in card and "--hidden_size=16" in card
+    assert "longer document" in card and f"| {said:.4f} |" in card and "--hidden_size=16" in card
     assert history(finished)[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert settings["hidden_size"] == 16 and "train_file" not in settings
