@@ -21,11 +21,12 @@ state.safetensors, tokenizer, model card, loss.png.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling_rwkv import RwkvForCausalLM, demo_model_path
-from modeling_rwkv.initial_state import FILE, RwkvInitialState
+from modeling_rwkv.initial_state import FILE, WEIGHTLESS, RwkvInitialState
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.report import Product
 from rwkv_finetune.supervised import Method, SupervisedArguments, load_model
@@ -83,13 +84,19 @@ def build(options: StateArguments, args: SupervisedArguments) -> RwkvForCausalLM
         except (OSError, ValueError) as error:
             raise Refusal(f"state: {error}") from error
     elif model.base_model.initial_state is None:
-        start = RwkvInitialState(model.config)
-        start.set(None)
-        torch.nn.init.constant_(start.weight, WEIGHT)
-        model.set_initial_state(start.cache())
+        empty = RwkvInitialState(model.config)
+        empty.set(None)
+        model.set_initial_state(empty.cache())
     model.base_model.initial_state.requires_grad_(True)
     model._keys_to_ignore_on_save = {name for name in model.state_dict() if ".initial_state." not in name}
     return model
+
+
+def begin(model: Any) -> None:
+    """Give a state that is empty, of which nothing could be learned, a past of zeros."""
+    weight = model.base_model.initial_state.weight
+    with torch.no_grad():
+        weight.add_((weight == WEIGHTLESS).float(), alpha=WEIGHT - WEIGHTLESS)
 
 
 def save(trainer: RwkvTrainer, folder: Path) -> None:
@@ -105,6 +112,7 @@ METHOD = Method(
     options=StateArguments,
     training=StateTrainingArguments,
     build=build,
+    begin=begin,
     finish=lambda model, options: None,
     product=lambda options, program, typed: Product(
         "state", "float32", program, typed, INTRODUCTION, USE.replace("MODEL", options.model), options.model, save

@@ -87,6 +87,18 @@ def test_it_lowers_the_loss_with_a_small_part_of_the_parameters(base, data, tune
     }  # fmt: skip
 
 
+def test_the_loss_before_is_that_of_the_model_as_it_came(base, data, tuned):
+    history = json.loads((tuned.parents[1] / "trainer_state.json").read_text())["log_history"]
+    before = [entry["eval_loss"] for entry in history if entry["step"] == 0]
+    plain = state.build(state.StateArguments(str(base)), _arguments(tuned.parent))
+    own = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(2, 30)[None]
+    same(plain(ids).logits, own(ids).logits)
+    state.begin(plain)
+    assert (plain(ids).logits - own(ids).logits).abs().max() > 0.01
+    assert len(before) == 1 and f"| {before[0]:.4f} |" in (tuned.parent / "README.md").read_text()
+
+
 def test_checkpoints_hold_the_state_alone_and_a_run_goes_on_from_them(base, data, tuned, tmp_path):
     class Stop(Exception):
         pass
