@@ -28,8 +28,6 @@ output_dir/
 """
 
 import copy
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,17 +87,8 @@ class ContextTrainingArguments(SupervisedArguments):
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m rwkv_finetune.extend_context") -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = ProgramParser(
-        (ContextArguments, DataArguments, CardArguments, ContextTrainingArguments),
-        prog=prog,
-        description="Train an RWKV-4 on longer rows.",
-    )
-    options, data_args, card_args, args = parser.parse(argv)
-    try:
-        run(options, data_args, card_args, args, prog, shlex.join(argv))
-    except (Refusal, FloatingPointError, OSError) as error:
-        parser.error(str(error))
+    groups = (ContextArguments, DataArguments, CardArguments, ContextTrainingArguments)
+    ProgramParser(groups, prog=prog, description="Train an RWKV-4 on longer rows.").run(argv, run)
 
 
 def run(
@@ -116,7 +105,7 @@ def run(
         Refusal: something that was asked for cannot be done.
     """
     check_options(options, data_args, args)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, load_model(options.model, args).config.vocab_size)
     data = load_data(replace(data_args, context_length=options.context_lengths[-1]), tokenizer, args.seed)
     data.warn()
     settings = settings_of(options, data_args, card_args, args)
