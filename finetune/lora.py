@@ -75,7 +75,7 @@ class LoraArguments:
     use_dora: bool = field(default=False, metadata={"help": "learn magnitudes apart from directions"})
     train_vectors: bool = field(default=False, metadata={"help": "train time_decay, time_first, time_mix_* too"})
     load_in: str | None = field(
-        default=None, metadata={"help": "bits of frozen weights; on a CPU 8bit alone", "choices": ["4bit", "8bit"]}
+        default=None, metadata={"help": "frozen weights in fewer bits, by bitsandbytes", "choices": ["4bit", "8bit"]}
     )
 
 

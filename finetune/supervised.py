@@ -19,7 +19,6 @@ from transformers import (
     BitsAndBytesConfig,
     IntervalStrategy,
     PreTrainedModel,
-    TorchAoConfig,
     TrainerCallback,
     TrainerState,
     set_seed,
@@ -206,25 +205,20 @@ def load_model(
         raise Refusal(f"no model can be loaded from {name}: {error}") from error
     except ImportError as error:
         raise Refusal(
-            f"load_in {load_in} needs more packages: pip install modeling-rwkv[quantize] ({error})"
+            f"load_in {load_in} needs bitsandbytes: pip install modeling-rwkv[quantize] ({error})"
         ) from error
 
 
-def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
-    """By bitsandbytes on a GPU. On a CPU, where its logits differ in training and evaluation, by torchao."""
+def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if load_in is None:
         return None
-    if torch.accelerator.is_available():
-        if load_in == "8bit":
-            return BitsAndBytesConfig(load_in_8bit=True)
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    if load_in == "4bit":
-        raise Refusal("load_in 4bit needs a GPU; 8bit does not")
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not torch.accelerator.is_available():  # bitsandbytes 0.50 repacks them in an evaluation, then loses gradients
+        raise Refusal("load_in 4bit needs a GPU: on a CPU gradients come out wrong after an evaluation; use 8bit")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _say_data(data: Data, args: DataArguments, say: Callable[[str], None]) -> None:
