@@ -10,26 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning import WORDS, own_cache, save_model, save_rows  # noqa: F401 - a fixture of every test
 from models import agree, make, same
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
-
-pytest.importorskip("datasets")
-
-import datasets
-from peft import AutoPeftModelForCausalLM, PeftModel
 
 from modeling_rwkv import cli
 from rwkv_finetune import full, lora, pretrain, speed, state, supervised
 from rwkv_finetune.data import DataArguments, load_data
 from rwkv_finetune.run import RunArguments, recipe
 from rwkv_finetune.run_folder import complete_checkpoints
-from rwkv_finetune.tokenizer import train_tokenizer
 from rwkv_finetune.trainer import RwkvTrainer
 
-WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
 PROGRAMS = {"lora": lora, "full": full, "state": state}
 RESULTS = {"lora": "adapter", "full": "model", "state": "state"}
 OPTIONS = {
@@ -39,21 +34,10 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A random model with a tokenizer."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    model = make({"vocab_size": 300, "hidden_size": 20, "num_hidden_layers": 2}, bos_token_id=0, eos_token_id=0)
-    model.save_pretrained(folder)
-    train_tokenizer([WORDS] * 3, 300).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +46,7 @@ def data(tmp_path_factory) -> Path:
     rows = [
         {"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a, b in (rng.sample(WORDS.split(), 2) for _ in range(40))
     ]
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return save_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
 
 
 def words(base: Path, data: Path, output_dir: Path, **options) -> list[str]:

@@ -6,45 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import agree, make, same
+from finetuning import WORDS, own_cache, save_model, save_rows  # noqa: F401 - a fixture of every test
+from models import agree, same
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
-pytest.importorskip("datasets")
-
-import datasets
-
 from modeling_rwkv import RwkvCache, cli
 from rwkv_finetune import state
-from rwkv_finetune.tokenizer import train_tokenizer
-
-WORDS = "the a cat dog king sun moon sat ran saw loved found under over with and then slowly one day"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    sizes = {"vocab_size": 300, "hidden_size": 20, "attention_hidden_size": 24, "num_hidden_layers": 2}
-    make(sizes, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
-    train_tokenizer([WORDS] * 3, 300).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("base") / "tiny", attention_hidden_size=24)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     rng = random.Random(0)
     rows = [{"prompt": a, "completion": f" {b}"} for a, b in (rng.sample(WORDS.split(), 2) for _ in range(40))]
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return save_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
 
 
 def run(base: Path, data: Path, output_dir: Path, *more: str) -> Path:
