@@ -129,7 +129,7 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_are_declared(room):
     """What a room imports is a dependency, so that an installation without [dev] works."""
-    extras = {"finetune": ["finetune"], "kernels": ["cuda"]}  # what a room may do without
+    extras = {"eval": ["eval"], "finetune": ["finetune"], "kernels": ["cuda"]}  # what a room may do without
     asked_for = declared(*extras.get(room, []))
     providers = importlib.metadata.packages_distributions()
     ours = set(PACKAGES) | set(sys.stdlib_module_names)
@@ -147,8 +147,8 @@ def pins(file: str) -> dict[str, str]:
 
 def test_every_dependency_is_pinned():
     ours = {"modeling-rwkv"}  # an extra may name another
-    assert declared("cuda", "finetune", "test", "dev") - ours <= pins("constraints.txt").keys()
-    assert declared("cuda", "finetune", "test") - ours <= pins("constraints-oldest.txt").keys()
+    assert declared("cuda", "eval", "finetune", "test", "dev") - ours <= pins("constraints.txt").keys()
+    assert declared("cuda", "eval", "finetune", "test") - ours <= pins("constraints-oldest.txt").keys()
 
 
 def test_both_ends_of_the_transformers_range_are_tested():
