@@ -9,6 +9,7 @@ HellaSwag may come with its texts cleaned already, as `query`, `choices` and `go
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,10 +71,10 @@ def use_local_data(manager: TaskManager, folder: str | Path) -> list[str]:
     return missing
 
 
-def check_answers(task: ConfigurableTask) -> None:
-    """Raise an EvalError that names the first row whose answer is not among its choices."""
+def check_answers(task: ConfigurableTask, limit: int | None = None) -> None:
+    """Raise an EvalError that names the first row, of `limit`, whose answer is not among its choices."""
     path = task.config.dataset_kwargs["data_files"]["test"]
-    for number, doc in enumerate(task.eval_docs, start=1):
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit), start=1):
         try:
             choices = task.doc_to_choice(doc) if task.config.doc_to_choice else None
             answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
