@@ -41,6 +41,7 @@ SAMPLE = Path(__file__).parent / "sample"
 
 # Where the harness keeps the paper's tasks: to index all of its folders takes seconds.
 FOLDERS = ("arc", "headqa", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue", "winogrande")
+REFUSALS = (EvalError, generation.GenerateError)
 BOOTSTRAPS = 1000  # for standard errors that have no formula; 100,000 take minutes and change the third digit
 
 
@@ -116,7 +117,9 @@ def find_tasks(
         EvalError: an unknown task, data that cannot be had or read, fewer documents than asked for.
     """
     manager = _manager(names)
-    matched = [task for name in names for task in manager.match_tasks([name]) or _unknown(name, manager)]
+    matched = [
+        *dict.fromkeys(task for name in names for task in manager.match_tasks([name]) or _unknown(name, manager))
+    ]
     missing = [] if data is None else use_local_data(manager, data)
     for name in matched if data is not None else ():
         if name != GROUP and (name not in COLUMNS or name in missing):
@@ -126,7 +129,7 @@ def find_tasks(
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvalError(
-            f"{', '.join(names)} cannot be loaded ({reason}): check the network, or give the data as files with --data"
+            f"{', '.join(names)} cannot be loaded ({reason}): check names and network, or give the data as files with --data"
         ) from error
     for name, task in loaded["tasks"].items():
         _check_size(name, task, limit, num_fewshot or 0)

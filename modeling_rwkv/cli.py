@@ -1,4 +1,4 @@
-"""The `rwkv` command: parse, call the library, print. Training has a file of its own, cli_training.py.
+"""The `rwkv` command: parse, call the library, print. Training and evaluation are in cli_training.py and cli_eval.py.
 
 Text goes to standard output, everything about it to standard error. An error is one line there and exit code 2.
 torch and transformers take seconds to import, so only the commands do, never these files.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling_rwkv import cli_training
+from modeling_rwkv import cli_eval, cli_training
 from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, number, write
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ def rwkv(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """RWKV-4 language models: write text, train, convert checkpoints, check the installation.
+    """RWKV-4 language models: write text, train, evaluate, convert checkpoints, check the installation.
 
     \b
     Examples:
@@ -59,6 +59,7 @@ def rwkv(
 
 
 app.add_typer(cli_training.app)
+app.add_typer(cli_eval.app)
 
 
 # -- generate --------------------------------------------------------------------------------------
