@@ -129,7 +129,7 @@ def find_tasks(
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvalError(
-            f"{', '.join(names)} cannot be loaded ({reason}): check names and network, or give the data as files with --data"
+            f"{', '.join(names)} cannot be loaded ({reason}): check names and network, or give --data"
         ) from error
     for name, task in loaded["tasks"].items():
         _check_size(name, task, limit, num_fewshot or 0)

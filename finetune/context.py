@@ -17,11 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_rwkv.chunks import chunks
+from rwkv_eval.losses import CHUNK, PositionLosses, token_losses
 from rwkv_finetune.packing import IGNORED, PackedRows, TokenStream
 from rwkv_finetune.run_folder import unfinished
-
-POSITIONS = 2048  # that are read together, and whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -43,53 +41,25 @@ def measure(
     """The losses of `model` on `stream` read in pieces of each of `lengths`; `name` is for the progress bar."""
     was_training = model.training
     model.eval()
-    by_length, nats, counts = {}, torch.zeros(1), torch.zeros(1)
+    by_length, losses = {}, PositionLosses()
     sets = [PackedRows(stream, length, pad_token_id) for length in sorted(lengths)]
     with tqdm(total=len(sets) * len(stream.tokens), desc=f"measuring {name}", unit="token", unit_scale=True) as bar:
         for rows in sets:
-            nats, counts = torch.zeros(2, rows.block_size, dtype=torch.float64)
-            for batch in DataLoader(rows, batch_size=max(1, POSITIONS // rows.block_size)):
+            losses = PositionLosses()
+            for batch in DataLoader(rows, batch_size=max(1, CHUNK // rows.block_size)):
                 scored = batch["labels"] != IGNORED
-                position = batch["position_ids"][scored]
-                nats.index_add_(0, position, _nats(model, batch).cpu()[scored].double())
-                counts.index_add_(0, position, torch.ones_like(position, dtype=torch.float64))
+                losses.add(batch["position_ids"][scored], _nats(model, batch)[scored])
                 bar.update(scored.numel())
-            by_length[rows.block_size] = float(nats.sum() / counts.sum())
+            by_length[rows.block_size] = losses.mean
     model.train(was_training)
-    return ContextLoss(by_length, _binned(nats, counts))
+    return ContextLoss(by_length, losses.means())
 
 
 def _nats(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) float32: of each token given those before it in its piece, 0 where there are none.
-
-    Rows are read end to end, POSITIONS tokens at a time, the state carried: of long ones no more is in memory.
-    """
-    ids, head = batch["input_ids"].flatten().to(model.device), model.get_output_embeddings()
+    """(B, T) float32 on the CPU: of each token given those before it in its piece."""
     begins = (batch["position_ids"].flatten() == 0).nonzero()[:, 0]
-    bounds = torch.cat([begins, torch.tensor([len(ids)])])
-    nats, cache = [], None
-    for begin, end, inside, continues in chunks(bounds, POSITIONS):
-        outputs = model.base_model(
-            input_ids=ids[None, begin:end],
-            cu_seq_lens_q=inside,
-            past_key_values=cache if continues else None,
-            use_cache=True,
-        )
-        cache = outputs.past_key_values
-        following = F.pad(ids[begin + 1 : end + 1], (0, end - begin - len(ids[begin + 1 : end + 1])))
-        nats.append(F.cross_entropy(head(outputs.last_hidden_state[0]).float(), following, reduction="none"))
-    of_next = torch.cat(nats).view(batch["labels"].shape)
-    return F.pad(of_next[:, :-1], (1, 0)).masked_fill(batch["labels"].to(model.device) == IGNORED, 0)
-
-
-def _binned(nats: Tensor, counts: Tensor) -> dict[int, float]:
-    """Means over positions 1, 2-3, 4-7, ...: as many as there are before the next power of two."""
-    ends = [2**i for i in range(1, 64) if 2**i < len(nats)] + [len(nats)]
-    bins = {}
-    for begin, end in zip([1, *ends[:-1]], ends, strict=True):
-        if counts[begin:end].sum() > 0:
-            bins[end - 1] = float(nats[begin:end].sum() / counts[begin:end].sum())
-    return bins
+    bounds = F.pad(begins, (0, 1), value=batch["input_ids"].numel())
+    return token_losses(model, batch["input_ids"].flatten(), bounds, CHUNK).cpu().view(batch["input_ids"].shape)
 
 
 def save_losses(losses: Mapping[str, ContextLoss], folder: Path) -> None:

@@ -139,9 +139,9 @@ def test_what_is_measured_is_what_is_saved(base, data, tmp_path):
 
 
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("positions", [5, 2048])
-def test_losses_are_those_of_each_token_after_what_is_read_with_it(joined, positions, monkeypatch):
-    monkeypatch.setattr(context, "POSITIONS", positions)
+@pytest.mark.parametrize("chunk", [5, 2048])
+def test_losses_are_those_of_each_token_after_what_is_read_with_it(joined, chunk, monkeypatch):
+    monkeypatch.setattr(context, "CHUNK", chunk)
     model = make({"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2})
     generator = np.random.default_rng(0)
     lengths = [40] if joined else [3, 17, 1, 20]
