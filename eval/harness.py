@@ -32,6 +32,7 @@ from rwkv_eval.tree_reader import Answers, TreeReader, answer
 
 PREFIXES = ("nothing", "end-of-text", "newline")
 LONGEST_RUN = 2048  # tokens of a text that are read at a time: longer ones in parts, the state carried
+CPU_TOKENS = 2048  # of a forward pass: no faster with more on a CPU, and slower where they leave its caches
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # context and continuation, as texts and as ids
 Text = tuple[Tokens, int]  # ids, the last n of which are scored
@@ -49,7 +50,7 @@ class RwkvLM(HFLM):
         pretrained: folder, Hub id or model, as for `hf`; so are all that are not named here.
         device: a GPU if there is one, else the CPU.
         batch_size: of a forward pass, which has as many tokens as so many of the longest text. "auto" begins with
-            ``max_batch_size``, and halves it whenever memory runs out.
+            ``max_batch_size``, and halves it whenever memory runs out. On a CPU no more than 2048.
         softmax_dtype: of log-likelihoods; by default float32, in float64 models float64.
         prefix_token: what stands before every text: "nothing", as the harness has it where its tokenizer adds nothing
             (an empty context is then the first token that the tokenizer names, or the last, since something must be
@@ -187,6 +188,8 @@ class RwkvLM(HFLM):
         root, longest = _tree(asked)
         rows = self.max_batch_size if self.batch_size == "auto" else self.batch_size
         capacity = rows * min(longest, LONGEST_RUN)
+        if self.device.type == "cpu":
+            capacity = min(capacity, CPU_TOKENS)
         reader = TreeReader(self.rwkv, root, capacity, self.state_memory, shrinks=self.batch_size == "auto")
         dtype = self.softmax_dtype or torch.promote_types(self.rwkv.dtype, torch.float32)
         quiet = disable_tqdm or self.rank != 0

@@ -31,8 +31,8 @@ class Run:
 
     tokens: Tokens
     start: int
-    parent: "Run | None" = None
-    children: list["Run"] = field(default_factory=list)
+    parent: "Run | None" = field(default=None, repr=False)
+    children: list["Run"] = field(default_factory=list, repr=False)
     questions: list[Question] = field(default_factory=list)
     slot: int = 0
     waiting: int = 0
@@ -91,7 +91,7 @@ def build(sequences: Sequence[Tokens], longest: int) -> tuple[Run, list[Run]]:
             path[-1].children.append(run)
             path.append(run)
         ends[i], last = path[-1], tokens
-    for run in runs_below(root):
+    for run in [root, *runs_below(root)]:
         run.waiting = len(run.children)
     return root, ends
 
@@ -113,7 +113,7 @@ def _shared(a: Tokens, b: Tokens) -> int:
 
 
 def _cut(run: Run, at: int) -> Run:
-    """Cut the last child of its parent in two: a new run up to ``at``, which is returned, and ``run`` from there on."""
+    """Cut the last child of its parent in two: a new run up to ``at``, which is returned, and ``run`` after it."""
     assert run.parent is not None
     head = Run(run.tokens[: at - run.start], run.start, run.parent, [run])
     run.parent.children[-1] = head
