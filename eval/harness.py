@@ -98,9 +98,9 @@ class RwkvLM(HFLM):
     def _rwkv(self) -> RwkvForCausalLM:
         """The model itself, with the layers of an adapter in it."""
         model = self.model
-        if self.peft:
+        if hasattr(model, "get_base_model"):  # a PeftModel
             if model.active_peft_config.is_prompt_learning:
-                raise ValueError(f"peft={self.peft} learned a prompt, which is no part of the model: use --model hf")
+                raise ValueError("the adapter learned a prompt, which is no part of the model: use --model hf")
             model = model.get_base_model()
         if not isinstance(model, RwkvForCausalLM):
             raise ValueError(f"{self.pretrained} is a {type(model).__name__} and no RWKV: use --model hf")
