@@ -77,11 +77,12 @@ def check_answers(task: ConfigurableTask, limit: int | None = None) -> None:
     for number, doc in enumerate(itertools.islice(task.eval_docs, limit), start=1):
         try:
             choices = task.doc_to_choice(doc) if task.config.doc_to_choice else None
-            answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+            text, target = task.doc_to_text(doc), task.doc_to_target(doc)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, TemplateError) as error:
             raise EvalError(
                 f"{path}, row {number} cannot be read as {task.task_name} ({error}): correct it"
             ) from error
+        answer = text if task.multiple_input else target
         if choices is not None and answer not in (range(len(choices)) if isinstance(answer, int) else choices):
             raise EvalError(f"{path}, row {number}: the answer {answer!r} is none of its {len(choices)} choices")
 
