@@ -12,7 +12,9 @@ answers begin with are not read again for each of them. Of a text only its conti
 computed, and a document of any length is one document.
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -52,10 +54,10 @@ class RwkvLM(HFLM):
         batch_size: of a forward pass, which has as many tokens as so many of the longest text. "auto" begins with
             ``max_batch_size``, and halves it whenever memory runs out. On a CPU no more than 2048.
         softmax_dtype: of log-likelihoods; by default float32, in float64 models float64.
-        prefix_token: what stands before every text: "nothing", as the harness has it where its tokenizer adds nothing
-            (an empty context is then the first token that the tokenizer names, or the last, since something must be
-            read before anything is predicted); "end-of-text", as in BlinkDL's evaluations; or "newline". A text that
-            begins with it gets no second one.
+        prefix_token: what stands before every text: "nothing", as the harness has it (an empty context is then the
+            token that the tokenizer begins texts with, or ends them with, since something must be read before anything
+            is predicted); "end-of-text", as in BlinkDL's evaluations; or "newline". A text that begins with it gets no
+            second one. With a tokenizer that adds a token itself, "nothing" is that token.
         state: file of a state that every text begins with, as state tuning makes them.
         state_memory: bytes for states, of contexts and in a batch. With less, more is read twice.
 
@@ -208,19 +210,26 @@ class RwkvLM(HFLM):
     # -- generation --------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `hf` does. "auto" tries ``max_batch_size``, and half as many whenever memory runs out."""
-        if self.batch_size != "auto":
-            return super().generate_until(requests, disable_tqdm)
+        """As `hf` does, equal requests once. "auto" begins as it does for log-likelihoods."""
+        drawn = [bool(request.args[1].get("do_sample")) for request in requests]
+        keys = [i if drawn[i] else json.dumps(request.args) for i, request in enumerate(requests)]
+        once = dict(zip(keys, requests, strict=True))
+        generate = partial(super().generate_until, list(once.values()), disable_tqdm)
 
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)
         def attempt(batch_size: int) -> list[str]:
             self.batch_size_per_gpu = batch_size
-            return super(RwkvLM, self).generate_until(requests, disable_tqdm)  # the longest first
+            return generate()  # the longest first
 
-        try:
-            return attempt()
-        finally:
-            self.batch_size_per_gpu = "auto"  # type: ignore[assignment]
+        if self.batch_size != "auto":
+            texts = generate()
+        else:
+            try:
+                texts = attempt()
+            finally:
+                self.batch_size_per_gpu = "auto"  # type: ignore[assignment]
+        written = dict(zip(once, texts, strict=True))
+        return [written[key] for key in keys]
 
 
 def _tree(asked: Sequence[Text]) -> tuple[Run, int]:

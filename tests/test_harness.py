@@ -326,14 +326,14 @@ def test_an_adapter_counts(saved, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
 def test_texts_go_on_as_in_the_harness(wordy, tokenizer, batch_size, monkeypatch):
-    contexts = ["Once upon a time", "The fox", "Once upon a time", "A dog and a cat went home."]
+    contexts = ["Once upon a time", "The fox", "Once upon a time", "A dog and a cat went home.", "Tom", "Lily saw"]
     options = [{"until": ["."], "max_gen_toks": 9}, {"until": ["\n", " the"], "max_gen_toks": 5}]
     requests = instances([(context, option) for context in contexts for option in options], "generate_until")
     expected = HFLM(wordy, tokenizer=tokenizer).generate_until(requests, disable_tqdm=True)
     generate, refused = HFLM._model_generate, []
 
     def small(self, context, **options):
-        if len(context) > 3:
+        if len(context) > 3 and batch_size == "auto":
             refused.append(len(context))
             raise RuntimeError("CUDA out of memory.")
         return generate(self, context, **options)
@@ -342,6 +342,21 @@ def test_texts_go_on_as_in_the_harness(wordy, tokenizer, batch_size, monkeypatch
     model = ours(wordy, tokenizer, batch_size, max_batch_size=8)
     assert model.generate_until(requests, disable_tqdm=True) == expected
     assert bool(refused) == (batch_size == "auto") and model.batch_size == batch_size
+
+
+def test_equal_texts_go_on_once_unless_they_are_drawn(wordy, tokenizer, monkeypatch):
+    rows, generate = [], HFLM._model_generate
+
+    def counted(self, context, **options):
+        rows.append(len(context))
+        return generate(self, context, **options)
+
+    monkeypatch.setattr(HFLM, "_model_generate", counted)
+    for options, expected in (({}, 1), ({"do_sample": True, "temperature": 1.0}, 3)):
+        pairs = [("The fox", {"until": ["."], "max_gen_toks": 4} | options)] * 3
+        texts = ours(wordy, tokenizer).generate_until(instances(pairs, "generate_until"), disable_tqdm=True)
+        assert len(texts) == 3 and sum(rows) == expected
+        rows.clear()
 
 
 def test_a_chat_is_written_by_the_template(wordy):
