@@ -85,7 +85,8 @@ def evaluate(
         raise EvalError(f"prefix_token is {prefix_token!r}: choose one of {', '.join(PREFIXES)}")
     started = time.perf_counter()
     with _quiet(debug):
-        found, missing = find_tasks(tasks, data, limit, num_fewshot)
+        manager = index(tasks)
+        found, missing = find_tasks(manager, tasks, data, limit, num_fewshot)
         lm = load(model, peft, state, device, dtype, batch_size=batch_size, prefix_token=prefix_token)
         weights = sha256(lm.rwkv)
         key = hashlib.sha256(f"{weights} {lm.rwkv.dtype} {prefix_token}".encode()).hexdigest()[:16]
@@ -93,6 +94,7 @@ def evaluate(
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
             tasks=found,
+            task_manager=manager,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             device=str(lm.device),
@@ -108,15 +110,26 @@ def evaluate(
     return results
 
 
+def index(names: Sequence[str]) -> TaskManager:
+    """The harness's tasks and the paper's; of the former those that the paper has, if no other is named."""
+    if set(names) <= {GROUP, *COLUMNS}:
+        home = Path(lm_eval.tasks.__file__).parent
+        return TaskManager(include_path=[*(home / folder for folder in FOLDERS), TASKS], include_defaults=False)
+    return TaskManager(include_path=TASKS)
+
+
 def find_tasks(
-    names: Sequence[str], data: str | Path | None, limit: int | None, num_fewshot: int | None
+    manager: TaskManager,
+    names: Sequence[str],
+    data: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
 ) -> tuple[list[ConfigurableTask | Group], list[str]]:
-    """Tasks and groups with their documents, and which of the paper's have none in `data`.
+    """Tasks and groups with their documents, and which of the paper's have none in `data`; see `evaluate`.
 
     Raises:
         EvalError: an unknown task, data that cannot be had or read, fewer documents than asked for.
     """
-    manager = _manager(names)
     matched = [
         *dict.fromkeys(task for name in names for task in manager.match_tasks([name]) or _unknown(name, manager))
     ]
@@ -198,13 +211,6 @@ def sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _manager(names: Sequence[str]) -> TaskManager:
-    if set(names) <= {GROUP, *COLUMNS}:
-        home = Path(lm_eval.tasks.__file__).parent
-        return TaskManager(include_path=[*(home / folder for folder in FOLDERS), TASKS], include_defaults=False)
-    return TaskManager(include_path=TASKS)
 
 
 def _unknown(name: str, manager: TaskManager) -> list[str]:
