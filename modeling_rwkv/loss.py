@@ -56,7 +56,7 @@ def chunked_loss(
         x, labels = x[counts], labels[counts]
 
     def part(x: Tensor, labels: Tensor) -> Tensor:
-        with _autocast_alone(x.device.type):
+        with autocast_alone(x.device.type):
             logits = head(x)
         return loss_function(
             logits=logits, labels=None, shift_labels=labels, num_items_in_batch=num_items_in_batch, **kwargs
@@ -67,7 +67,7 @@ def chunked_loss(
     return torch.stack(parts).sum()
 
 
-def _autocast_alone(device: str) -> torch.autocast:
+def autocast_alone(device: str) -> torch.autocast:
     """Autocast as it is, but every use of a weight with a cast of its own: gradients meet after it, in float32."""
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)

@@ -388,7 +388,7 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             loss = chunked_loss(self.loss_function, self.head, outputs.last_hidden_state, labels.T, items, **kwargs)
             return loss, outputs.past_key_values
 
-        return loss_by_chunks(read, tokens, labels, bounds, chunk_length, carry_gradients)
+        return loss_by_chunks(self, read, tokens, labels, bounds, chunk_length, carry_gradients)
 
     def prepare_inputs_for_generation(
         self,

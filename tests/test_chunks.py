@@ -1,9 +1,15 @@
 """Laws of training in chunks: the loss and the gradients of the whole, or of the whole with its history cut."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 from models import agree, gradients, make, padded, text
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 LENGTHS = (5, 1, 12, 7, 1, 9)
 
@@ -101,6 +107,141 @@ def test_dropout_of_adapters_is_the_same_when_a_chunk_is_computed_again():
         above = loss().item()
         weight -= 2 * step
         assert (above - loss().item()) / (2 * step) == pytest.approx(slope, rel=1e-2)
+
+
+def adapted():
+    config = LoraConfig(target_modules=["key", "value", "head"], lora_dropout=0.5, init_lora_weights=False)
+    return get_peft_model(make(), config).double().train()
+
+
+def only_an_initial_state():
+    model = make().requires_grad_(False)
+    model.set_initial_state(model(text(1, 4, 61)).past_key_values)
+    model.rwkv.initial_state.requires_grad_()
+    return model.double()
+
+
+def checkpointed(use_reentrant):
+    model = make(dtype=torch.float64, tie_word_embeddings=True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+MODELS = {
+    "dropout": adapted,
+    "initial state": only_an_initial_state,
+    "checkpointed": lambda: checkpointed(False),
+    "checkpointed by reentry": lambda: checkpointed(True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("carry", [True, False])
+def test_one_graph_of_all_chunks_has_the_same_gradients(kind, carry):
+    """As it is made where parameters are in parts. And the random numbers after it are the same."""
+    model, batch = MODELS[kind](), packed()
+    found = []
+    for in_parts in (False, True):
+        if in_parts:
+            next(p for p in model.parameters() if p.requires_grad).ds_id = 0
+        embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        torch.manual_seed(0)
+        loss = model(**batch | {"input_ids": None}, inputs_embeds=embeds, chunk_length=4, carry_gradients=carry).loss
+        (2 * loss).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads | {"embeds": embeds.grad, "next": torch.rand(3, dtype=torch.float64)}))
+        model.zero_grad(set_to_none=True)
+    assert len(found[0][1]) > 2
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_is_as_it_was_when_a_chunk_is_computed_again():
+    model, ids = make(), text(1, 23, 61)
+    found = []
+    for how in ({"skip_logits": True}, {"chunk_length": 23}):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, **how).loss
+        loss.backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_hooks_of_parameters_see_the_whole_gradient_once():
+    model, ids = make(dtype=torch.float64), text(1, 23, 61)
+    weight = model.rwkv.blocks[1].attention.key.weight
+    (whole,) = torch.autograd.grad(model(ids, labels=ids).loss, weight)
+    seen = []
+    weight.register_hook(lambda grad: seen.append(grad) or grad / 2)
+    weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+    for _ in range(2):  # accumulated
+        model(ids, labels=ids, chunk_length=4).loss.backward()
+    torch.testing.assert_close(seen, [whole, whole / 2, whole, whole], rtol=1e-9, atol=1e-12)
+
+
+def nodes(tensor):
+    """The number of nodes of the graph that autograd keeps for a tensor."""
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return len(seen)
+
+
+def kept_bytes():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_a_chunk_leaves_its_state_and_nothing_else(carry):
+    model = make()
+    state = 3 * 5 * 24 * 4 if carry else 0  # layers x (two inputs and a, b, p) x channels x bytes
+    found = []
+    for chunks in (3, 30):
+        ids = text(1, 4 * chunks, 61)
+        before = kept_bytes()
+        loss = model(ids, labels=ids, chunk_length=4, carry_gradients=carry).loss
+        kept = kept_bytes() - before - chunks * (4 * 3 * 8 + 2 * 8)  # less ids, labels, and where sequences begin
+        found.append((nodes(loss), kept))
+    assert found[0][0] == found[1][0]
+    assert (found[1][1] - found[0][1]) / 27 <= state + (torch.get_rng_state().nbytes if carry else 0)
+
+
+def learn(rank, folder):
+    """One of two processes, which has one of two rows, in DDP, and then in FSDP2."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    ids = text(2, 23, 61)[rank : rank + 1]
+    model = make(dtype=torch.float64)
+    parallel = DistributedDataParallel(model)
+    found = []
+    for carry in (True, False):
+        parallel(ids, labels=ids, chunk_length=4, carry_gradients=carry).loss.backward()
+        found.append(gradients(model))
+    del parallel
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (*model.rwkv.blocks, model):
+        fully_shard(module, mesh=mesh)
+    for carry in (True, False):
+        model(ids, labels=ids, chunk_length=4, carry_gradients=carry).loss.backward()
+        found.append({name: gradient.full_tensor() for name, gradient in gradients(model).items()})
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_like_one(tmp_path: Path):
+    torch.multiprocessing.spawn(learn, (tmp_path,), nprocs=2)
+    model, ids = make(dtype=torch.float64), text(2, 23, 61)
+    expected = []
+    for carry in (True, False):
+        sum(model(row, labels=row, chunk_length=4, carry_gradients=carry).loss / 2 for row in ids.split(1)).backward()
+        expected.append(gradients(model))
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    torch.testing.assert_close(found, [*expected, *expected], rtol=1e-9, atol=1e-12)
 
 
 def test_blocks_run_once_more_for_the_gradients():
