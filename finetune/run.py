@@ -70,6 +70,8 @@ def prepare(args: RunArguments, smallest: Mapping[str, tuple[float, float]]) -> 
     for name, (value, least) in {**smallest, **{name: (getattr(args, name), LEAST[name]) for name in LEAST}}.items():
         if value is not None and not least <= value < math.inf:
             raise Refusal(f"{name} is {value}; it must be a number, and at least {least}")
+    if args.seed >= 2**32:
+        raise Refusal(f"seed is {args.seed}; it must be less than 2^32, as numpy has it")
     if args.max_steps != -1 and args.max_steps < 1:
         raise Refusal(f"max_steps is {args.max_steps}; it must be at least 1, or -1 for num_train_epochs to count")
     if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:

@@ -466,6 +466,7 @@ def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, mo
         ("full", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs"),
         ("full", {"max_steps": -1, "num_train_epochs": -1}, "num_train_epochs"),
         ("full", {"fp16": True}, "fp16"),
+        ("full", {"seed": 2**32}, "seed is 4294967296; it must be less than 2^32"),
         ("full", {"report_to": "foo"}, "report_to: foo"),
         ("full", {"adam_beta1": 2}, "optim adamw"),
         ("full", {"report_to": "wandb"}, "report_to"),
