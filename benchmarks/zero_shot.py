@@ -30,7 +30,7 @@ from measure import environment, interleaved, progress
 
 from modeling_rwkv import demo_model_path
 from rwkv_eval.harness import RwkvLM
-from rwkv_eval.zero_shot import SAMPLE, find_tasks
+from rwkv_eval.zero_shot import SAMPLE, find_tasks, index
 
 TASKS = ["lambada_openai", "piqa", "boolq", "hellaswag", "arc_easy", "arc_challenge", "arc_challenge:5"]
 OURS, STOCK = "rwkv", "hf"
@@ -47,15 +47,15 @@ def main() -> int:
         "environment": environment(["modeling-rwkv", "torch", "transformers", "lm_eval"]),
         "tasks": {},
     }
-    for name in args.tasks:
-        requests = requests_of(name, args)
-        progress(f"comparing {name}: {len(requests)} requests")
-        report["tasks"][name] = {"requests": len(requests)} | compare(requests, models, sides[STOCK])
+    requests = {name: requests_of(name, args) for name in args.tasks}
+    for name, asked in requests.items():
+        progress(f"comparing {name}: {len(asked)} requests")
+        report["tasks"][name] = {"requests": len(asked)} | compare(asked, models, sides[STOCK])
     report["agree"] = all(agrees(found, args.tolerance) for found in report["tasks"].values())
     if report["agree"]:
         for name, found in report["tasks"].items():
             progress(f"timing {name}")
-            found |= measure(requests_of(name, args), sides, args.repeats)
+            found |= measure(requests[name], sides, args.repeats)
     print("\n".join(text(report)))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -71,7 +71,7 @@ def load(kind: type[HFLM], args: argparse.Namespace, batch_size: int) -> HFLM:
 def requests_of(name: str, args: argparse.Namespace) -> list[Instance]:
     """The requests of a task, or of TASK:SHOTS."""
     task_name, _, shots = name.partition(":")
-    ((task,), _) = find_tasks([task_name], args.data, None, int(shots or 0))
+    ((task,), _) = find_tasks(index([task_name]), [task_name], args.data, num_fewshot=int(shots or 0))
     task.set_config("num_fewshot", int(shots or 0))
     task.set_fewshot_seed(SEED)
     task.build_all_requests(limit=args.limit)
