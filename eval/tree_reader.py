@@ -33,9 +33,10 @@ class States:
             layers = model.base_model(token, use_cache=True).past_key_values.layers
         fit = budget // 2 // sum(part.nbytes for layer in layers for part in layer)
         self.most_rows = max(1, fit)
-        self.free = list(range(min(fit, branches), 0, -1))
-        slots = 1 + len(self.free)
-        self.layers = [LayerState(*(part.new_zeros(slots, *part.shape[1:]) for part in layer)) for layer in layers]
+        self.slots = min(fit, branches)
+        self.free = list(range(self.slots, 0, -1))
+        rows = 1 + self.slots
+        self.layers = [LayerState(*(part.new_zeros(rows, *part.shape[1:]) for part in layer)) for layer in layers]
         initial = model.base_model.initial_state
         if initial is not None:
             self._write(initial.cache(), [0], [0])
@@ -82,6 +83,7 @@ class TreeReader:
         self.states = States(model, budget, sum(1 for run in runs if run.children))
         self.branching: list[Run] = []
         self.ending: list[Run] = []
+        self.pending = 0  # tokens of runs that end
         self._add(root.children)
 
     def __iter__(self) -> Iterator[tuple[list[Run], Tensor]]:
@@ -103,21 +105,24 @@ class TreeReader:
 
     def _add(self, runs: Sequence[Run]) -> None:
         self.branching += [run for run in runs if run.children]
-        self.ending += sorted((run for run in runs if not run.children), key=len)
+        ending = [run for run in runs if not run.children]
+        self.ending += ending
+        self.pending += sum(map(len, ending))
 
     def _next(self) -> list[Run]:
         """The runs of the next batch; none at the end."""
-        while self.branching:
-            full = sum(map(len, self.ending)) >= self.capacity
-            if self.states.free and not full:
+        while self.branching and self.pending < self.capacity:
+            if self.states.free:
                 return self._fill(self.branching, len(self.states.free))
-            if self.ending:
-                break
+            if self.ending and self.states.slots:
+                break  # this will free some
             run = self.branching.pop()
             self.left += len(run) * (len(run.children) - 1)
             self._add(run.dissolve())
         self.ending.sort(key=len)
-        return self._fill(self.ending, len(self.ending)) if self.ending else []
+        runs = self._fill(self.ending, len(self.ending)) if self.ending else []
+        self.pending -= sum(map(len, runs))
+        return runs
 
     def _fill(self, stack: list[Run], most: int) -> list[Run]:
         runs = [stack.pop()]
