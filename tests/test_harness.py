@@ -210,6 +210,24 @@ def test_states_stay_within_their_budget(double, tokenizer, monkeypatch, slots):
     assert max(rows) <= max(1, slots)
 
 
+@pytest.mark.parametrize("slots", [0, 2, 100])
+def test_the_bar_counts_what_is_read(tokenizer, monkeypatch, slots):
+    bars = []
+
+    class Bar(harness.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append(self)
+
+    monkeypatch.setattr(harness, "tqdm", Bar)
+    model = make(FEW)
+    memory = 2 * slots * state_bytes(model)
+    passes = read_by(model)
+    ours(model, tokenizer, state_memory=memory)._loglikelihood_tokens(encoded(seed=13))
+    (bar,) = bars
+    assert bar.n == bar.total == sum(passes)
+
+
 @pytest.mark.parametrize("limit", [40, 150])
 def test_auto_halves_the_batch_until_it_fits(double, tokenizer, monkeypatch, limit):
     requests = encoded(seed=10)
