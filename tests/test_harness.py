@@ -305,16 +305,19 @@ def test_a_prefix_stands_before_every_text_once(wordy, tokenizer, prefix):
     assert rolling[0] == pytest.approx(stock[2][0], abs=1e-4)
 
 
-def test_every_text_begins_with_the_state(tokenizer, tmp_path):
+@pytest.mark.parametrize("slots", [0, 2, 100])
+def test_every_text_begins_with_the_state(tokenizer, tmp_path, slots):
+    """Some of them alone, in one batch with what others go on with."""
     with torch.no_grad():
-        learned = make(FEW)(text(1, 9, vocab_size=7), use_cache=True).past_key_values
+        learned = make()(text(1, 9), use_cache=True).past_key_values
     learned.save(tmp_path / "state.safetensors")
-    begun, requests = make(FEW), encoded(seed=11)
+    begun, requests = make(), encoded(seed=11, vocab_size=61)
     begun.set_initial_state(learned)
     expected = HFLM(begun, tokenizer=tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
-    model = ours(make(FEW), tokenizer, state=str(tmp_path / "state.safetensors"))
+    options = {"state": str(tmp_path / "state.safetensors"), "state_memory": 2 * slots * state_bytes(begun)}
+    model = ours(make(), tokenizer, 32, **options)
     agree(model._loglikelihood_tokens(requests), expected, 1e-4)
-    without = ours(make(FEW), tokenizer)._loglikelihood_tokens(requests)
+    without = ours(make(), tokenizer)._loglikelihood_tokens(requests)
     assert max(abs(a - b) for (a, _), (b, _) in zip(expected, without, strict=True)) > 0.1
 
 
