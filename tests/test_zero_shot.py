@@ -1,6 +1,7 @@
 """Laws of zero-shot evaluation: the harness's questions and numbers, from whatever files, or one sentence."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory) -> dict:
-    return evaluate(str(folder), data=SAMPLE, limit=5, batch_size=3, cache=tmp_path_factory.mktemp("results"))
+    return evaluate(str(folder), data=SAMPLE, batch_size=3, cache=tmp_path_factory.mktemp("results"))
 
 
 # Tasks
@@ -110,14 +111,24 @@ def test_record_asks_with_every_entity_and_wants_an_answer(group):
         assert metrics == {"em": right, "paper_acc": right}
 
 
-def test_the_group_is_the_mean_of_what_the_paper_counts(results):
-    tasks = results["results"]
-    for task, counted in COUNTED.items():
-        assert tasks[task]["paper_acc,none"] == tasks[task][f"{counted},none"]
-    assert results["groups"][GROUP]["paper_acc,none"] == pytest.approx(
-        mean(tasks[task]["paper_acc,none"] for task in COLUMNS)
-    )
-    assert results["groups"][GROUP]["perplexity,none"] == tasks["lambada_openai"]["perplexity,none"]
+@pytest.mark.parametrize("task", COLUMNS)
+def test_a_task_says_what_the_paper_counts(group, task):
+    task, counted, rng = group.get(task), COUNTED[task], random.Random(0)
+    outcomes = []
+    for doc in [*task.eval_docs] * 9:
+        choices = task.doc_to_choice(doc) if task.config.doc_to_choice else [""]
+        outcomes.append(task.process_results(doc, [(-9 * rng.random(), rng.random() < 0.5) for _ in choices]))
+    assert all(outcome["paper_acc"] == outcome[counted] for outcome in outcomes)
+    assert all(len({outcome[name] for outcome in outcomes}) > 1 for name in outcomes[0])
+    if counted == "acc_norm":
+        assert any(outcome["acc"] != outcome["acc_norm"] for outcome in outcomes)
+
+
+def test_the_group_is_the_mean_of_its_tasks(results):
+    tasks, group = results["results"], results["groups"][GROUP]
+    assert len({tasks[task]["sample_len"] for task in COLUMNS}) > 1  # and size does not count
+    assert group["paper_acc,none"] == pytest.approx(mean(tasks[task]["paper_acc,none"] for task in COLUMNS))
+    assert group["perplexity,none"] == tasks["lambada_openai"]["perplexity,none"]
 
 
 def test_numbers_are_those_of_the_harness_with_its_own_model(results, folder):
@@ -125,7 +136,7 @@ def test_numbers_are_those_of_the_harness_with_its_own_model(results, folder):
     found, _ = find_tasks(manager, [GROUP], SAMPLE)
     model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     stock = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder))
-    expected = lm_eval.simple_evaluate(stock, tasks=found, task_manager=manager, limit=5, bootstrap_iters=1000)
+    expected = lm_eval.simple_evaluate(stock, tasks=found, task_manager=manager, bootstrap_iters=1000)
     for task, metrics in expected["results"].items():
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         assert numbers == pytest.approx({name: results["results"][task][name] for name in numbers}, rel=1e-4), task
@@ -263,7 +274,7 @@ def asked(monkeypatch, stop: int | None, *args, **options) -> tuple[int, dict | 
 
 
 def test_an_interrupted_run_goes_on_where_it_was(folder, results, tmp_path, monkeypatch):
-    options = {"data": SAMPLE, "limit": 5, "batch_size": 3, "cache": tmp_path}
+    options = {"data": SAMPLE, "batch_size": 3, "cache": tmp_path}
     every, found = asked(monkeypatch, 60, str(folder), **options)
     (answers,) = tmp_path.iterdir()
     assert found is None and every > 100
@@ -289,7 +300,7 @@ def test_an_adapter_and_a_state_count(what, folder, results, tmp_path):
         model = tuned.merge_and_unload()
     model.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "whole")
-    options = {"data": SAMPLE, "limit": 5}
+    options = {"data": SAMPLE}
     found = evaluate(str(folder), ["lambada_openai"], **options, **{what: str(path)})
     whole = evaluate(str(tmp_path / "whole"), ["lambada_openai"], **options)
     measured = [run["results"]["lambada_openai"]["perplexity,none"] for run in (found, whole, results)]
@@ -315,7 +326,7 @@ def test_what_is_saved_says_what_was_run(folder, results, tmp_path):
     about = saved["rwkv"]
     assert (about["model"], about["dtype"], about["prefix"]) == (str(folder), "float32", None)
     assert about["versions"]["torch"] == torch.__version__ and about["versions"]["lm_eval"] == lm_eval.__version__
-    assert about["arguments"]["limit"] == 5 and about["wkv"] in BACKENDS and not about["skipped_tasks"]
+    assert about["arguments"]["batch_size"] == 3 and about["wkv"] in BACKENDS and not about["skipped_tasks"]
 
 
 # The command
