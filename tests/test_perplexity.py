@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import evaluate
+import lm_eval
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from models import make, text
 
 from modeling_rwkv import RwkvConfig, RwkvForCausalLM
 from rwkv_eval import perplexity
+from rwkv_eval.harness import RwkvLM
 from rwkv_eval.losses import PositionLosses, token_losses
 from rwkv_eval.perplexity import measure, pieces
 from rwkv_finetune.tokenizer import train_tokenizer
@@ -181,3 +185,16 @@ def test_it_is_a_measurement_of_evaluate(model, tokenizer, folder, tmp_path, mon
     measurement = evaluate.load(str(MODULE), cache_dir=str(tmp_path))
     found = measurement.compute(predictions=DOCUMENTS, model_id=str(folder), window=7, device="cpu")
     assert found == measure(model, tokenizer, DOCUMENTS, window=7).to_dict()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_it_is_a_task_of_the_harness(model, tokenizer, tmp_path, window):
+    file = tmp_path / "text.txt"
+    file.write_text("\n<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
+    manager = TaskManager(include_path=MODULE.parent / "tasks", include_defaults=False, metadata={"file": str(file)})
+    reader = (
+        RwkvLM(model, tokenizer=tokenizer) if window is None else HFLM(model, tokenizer=tokenizer, max_length=window)
+    )
+    found = lm_eval.simple_evaluate(reader, tasks=["rwkv_perplexity"], task_manager=manager, bootstrap_iters=0)
+    bits = found["results"]["rwkv_perplexity"]["bits_per_byte,none"]
+    assert bits == pytest.approx(measure(model, tokenizer, DOCUMENTS, window).bits_per_byte, rel=1e-5)
