@@ -169,25 +169,20 @@ class RwkvLM(HFLM):
 
     def _score(self, texts: Sequence[Text], desc: str, disable_tqdm: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
         """The number of each text and its log-likelihood, and whether all is the likeliest, as soon as it is known."""
-        askers: dict[tuple[bytes, int], list[int]] = {}  # equal texts are one
-        for i, (tokens, n) in enumerate(texts):
-            askers.setdefault((tokens.tobytes(), n), []).append(i)
-        groups = list(askers.values())
-        asked = [texts[i] for i, *_ in groups]
-        left = np.array([n for _, n in asked])
-        total, greedy = np.zeros(len(asked)), np.ones(len(asked), np.bool_)
-        for answers in self._answers(asked, desc, disable_tqdm):
+        left = np.array([n for _, n in texts])
+        total, greedy = np.zeros(len(texts)), np.ones(len(texts), np.bool_)
+        for answers in self._answers(texts, desc, disable_tqdm):
             np.add.at(total, answers.who, answers.logprob)
             np.logical_and.at(greedy, answers.who, answers.greedy)
             np.subtract.at(left, answers.who, 1)
-            for who in np.unique(answers.who[left[answers.who] == 0]):
-                yield from ((i, (float(total[who]), bool(greedy[who]))) for i in groups[who])
+            for i in np.unique(answers.who[left[answers.who] == 0]):
+                yield int(i), (float(total[i]), bool(greedy[i]))
 
-    def _answers(self, asked: Sequence[Text], desc: str, disable_tqdm: bool) -> Iterator[Answers]:
+    def _answers(self, texts: Sequence[Text], desc: str, disable_tqdm: bool) -> Iterator[Answers]:
         """Of each text every token that is asked about, as they are read; ``who`` is the number of the text."""
-        if not asked:
+        if not texts:
             return
-        root, longest = _tree(asked)
+        root, longest = _tree(texts)
         rows = self.max_batch_size if self.batch_size == "auto" else self.batch_size
         capacity = rows * min(longest, LONGEST_RUN)
         if self.device.type == "cpu":
@@ -232,11 +227,11 @@ class RwkvLM(HFLM):
         return [written[key] for key in keys]
 
 
-def _tree(asked: Sequence[Text]) -> tuple[Run, int]:
+def _tree(texts: Sequence[Text]) -> tuple[Run, int]:
     """The tree of texts, each asked about its last n tokens, and the length of the longest."""
-    unread = {tokens[:-1].tobytes(): tokens[:-1] for tokens, _ in asked}
+    unread = {tokens[:-1].tobytes(): tokens[:-1] for tokens, _ in texts}
     root, ends = build(list(unread.values()), LONGEST_RUN)
     end_of = dict(zip(unread, ends, strict=True))
-    for who, (tokens, n) in enumerate(asked):
+    for who, (tokens, n) in enumerate(texts):
         end_of[tokens[:-1].tobytes()].ask(who, tokens[-n:])
     return root, max(map(len, unread.values()))
