@@ -51,7 +51,8 @@ class RwkvTimeMix(nn.Module):
         """x: (B, T, C) to the same and the WKV state (N, 3, A); the output is multiplied by ``scale``."""
         mixes = self.time_mix_key, self.time_mix_value, self.time_mix_receptance
         x_key, x_value, x_receptance = shift_and_mix(x, previous, layout, *mixes)
-        key, value = self.key(x_key), self.value(x_value)
+        key = self.key(x_key)
+        value = self.value(x_value).to(key.dtype)  # under autocast, quantised layers need not agree
         wkv, state = wkv4(self.time_decay, self.time_first, key, value, state, layout.cu_seqlens)
         return self.output(gate(self.receptance(x_receptance), wkv, scale)), state
 
@@ -220,6 +221,7 @@ class RwkvModel(RwkvPreTrainedModel):
             raise ValueError("there are no tokens to read: give at least one per row")
         cu_seq_lens = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
         layout, valid = arrange((rows, length), attention_mask, position_ids, cu_seq_lens, seq_idx)
+        layout = layout.to(inputs_embeds.device)
         past = RwkvCache() if past_key_values is None else self._checked(past_key_values, rows)
 
         x = layout.pack(inputs_embeds)

@@ -21,6 +21,9 @@ class Rows:
 
     cu_seqlens = None
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Rows":
+        return self
+
     def pack(self, x: Tensor) -> Tensor:
         return x
 
