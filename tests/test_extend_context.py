@@ -12,18 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finetuning import WORDS, own_cache, save_model, save_rows  # noqa: F401 - a fixture of every test
+from finetuning import WORDS, own_cache, save_rows, tiny_model  # noqa: F401 - fixtures
 from models import make, same
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rwkv_finetune import context, extend_context
 from rwkv_finetune.packing import TokenStream
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,15 @@
-"""Laws of the fine-tuning programs: what is trained and saved, runs that are stopped, and what users are told."""
+"""Laws of the fine-tuning programs: what is trained and saved, and runs that are stopped."""
 
 import dataclasses
 import json
 import math
-import random
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from finetuning import WORDS, own_cache, save_model, save_rows  # noqa: F401 - a fixture of every test
+from finetuning import PROGRAMS, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import agree, make, same
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
@@ -19,64 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
 from modeling_rwkv import cli
-from rwkv_finetune import full, lora, pretrain, speed, state, supervised
+from rwkv_finetune import full, lora, pretrain, speed, supervised
 from rwkv_finetune.data import DataArguments, load_data
-from rwkv_finetune.run import RunArguments, recipe
+from rwkv_finetune.run import RunArguments
 from rwkv_finetune.run_folder import complete_checkpoints
 from rwkv_finetune.trainer import RwkvTrainer
 
-PROGRAMS = {"lora": lora, "full": full, "state": state}
-RESULTS = {"lora": "adapter", "full": "model", "state": "state"}
 OPTIONS = {
     "lora": {"train_vectors": True, "dropout": 0.1},
     "full": {"save_dtype": "float32"},
     "state": {"learning_rate": 0.3},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A random model with a tokenizer."""
-    return save_model(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    rng = random.Random(0)
-    rows = [
-        {"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a, b in (rng.sample(WORDS.split(), 2) for _ in range(40))
-    ]
-    return save_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
-
-
-def words(base: Path, data: Path, output_dir: Path, **options) -> list[str]:
-    """A command line."""
-    settings = {
-        "model": base,
-        "train_file": data,
-        "output_dir": output_dir,
-        "validation_share": 0.2,
-        "context_length": 32,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 6,
-        "save_steps": 2,
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "eval_strategy": "steps",
-        "logging_steps": 1,
-        "learning_rate": 0.02,
-        "report_to": "none",
-        "disable_tqdm": "true",
-    }
-    return [f"--{key}={value}" for key, value in (settings | options).items()]
-
-
-def train(program: str, *arguments, **options) -> Path:
-    """Run a program; the folder of its result."""
-    argv = words(*arguments, **options)
-    PROGRAMS[program].main(argv)
-    return arguments[2] / RESULTS[program]
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +51,6 @@ def weights(result: Path) -> dict[str, bytes]:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(torch.arange(2, 60)[None]).logits
-
-
-def refusal(program: str, capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as stop:
-        train(program, *arguments, **options)
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 # Results
@@ -402,156 +345,6 @@ def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_low_precision_keeps_what_is_trained_in_float32(base, data, tmp_path):
     result = train("lora", base, data, tmp_path / "run", bf16=True, max_steps=2, train_vectors=True)
     assert {x.dtype for x in load_file(result / "adapter_model.safetensors").values()} == {torch.float32}
-
-
-# Refusals
-
-
-@pytest.mark.parametrize("batch", [1, 2, 6])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_its_batch(batch, base, data, tmp_path, monkeypatch, capsys):
-    calls = []
-    compute_loss = RwkvTrainer.compute_loss
-
-    def compute(self, model, *arguments, **options):
-        calls.append(None)
-        loss = compute_loss(self, model, *arguments, **options)
-        return loss * math.nan if len(calls) == batch else loss
-
-    monkeypatch.setattr(RwkvTrainer, "compute_loss", compute)
-    line = refusal("full", capsys, base, data, tmp_path / "run", logging_steps=50)
-    assert f"step {(batch + 1) // 2}, batch {2 - batch % 2} " in line
-    assert len(complete_checkpoints(tmp_path / "run")) == (batch - 1) // 4  # none with such weights
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"learning_rate": 1e38, "validation_share": 0, "save_strategy": "no"}, "a weight is"),
-        ({"learning_rate": 1e38, "validation_share": 0, "save_steps": 1}, "a weight is"),
-        ({"learning_rate": 1e20}, "validation loss after step 1 "),
-        ({"learning_rate": 1e6, "validation_share": 0, "save_dtype": "float16"}, "a weight is"),
-    ],
-    ids=["result", "checkpoint", "loss", "dtype"],
-)
-def test_weights_that_are_no_numbers_are_never_kept(options, said, base, data, tmp_path, capsys):
-    options = {"warmup_steps": 0, "max_steps": 1, "eval_steps": 1, "lr_scheduler_type": "constant"} | options
-    assert said in refusal("full", capsys, base, data, tmp_path / "run", **options)
-    assert not (tmp_path / "run" / "model").exists()
-    assert said != "a weight is" or "save_steps" not in options or not complete_checkpoints(tmp_path / "run")
-
-
-def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100_000))
-    assert "GB free" in refusal("full", capsys, base, data, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("*/*"))
-
-
-@pytest.mark.parametrize(
-    ("program", "options", "said"),
-    [
-        ("full", {"context_length": 1}, "context_length"),
-        ("full", {"validation_share": 1}, "validation_share"),
-        ("full", {"streaming": True, "max_steps": -1, "validation_share": 0}, "max_steps"),
-        ("full", {"streaming": True}, "validation_file"),
-        ("full", {"train_file": "missing.jsonl"}, "missing.jsonl"),
-        ("full", {"model": "nowhere"}, "nowhere"),
-        ("full", {"remove_unused_columns": True}, "remove_unused_columns"),
-        ("full", {"rank": 3}, "'rank'"),
-        ("full", {"learning_rate": "nan"}, "learning_rate"),
-        ("full", {"learning_rate": -1}, "learning_rate"),
-        ("full", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
-        ("full", {"per_device_eval_batch_size": 0}, "per_device_eval_batch_size"),
-        ("full", {"seed": -1}, "seed"),
-        ("full", {"max_steps": 0}, "max_steps"),
-        ("full", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs"),
-        ("full", {"max_steps": -1, "num_train_epochs": -1}, "num_train_epochs"),
-        ("full", {"fp16": True}, "fp16"),
-        ("full", {"seed": 2**32}, "seed is 4294967296; it must be less than 2^32"),
-        ("full", {"report_to": "foo"}, "report_to: foo"),
-        ("full", {"adam_beta1": 2}, "optim adamw"),
-        ("full", {"report_to": "wandb"}, "report_to"),
-        ("full", {"resume_from_checkpoint": "tests"}, "checkpoint-*"),
-        ("lora", {"dropout": 2}, "dropout"),
-        ("lora", {"targets": "ln1"}, "ln1"),
-        ("lora", {"targets": "attention"}, "attention"),
-        ("lora", {"rank": 0}, "rank"),
-        ("lora", {"targets": "kez"}, "kez"),
-        ("lora", {"load_in": "4bit"}, "GPU"),
-        ("lora", {"save_strategy": "epoch", "load_best_model_at_end": True}, "save"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_one_sentence(program, options, said, base, data, tmp_path, capsys):
-    assert said in refusal(program, capsys, base, data, tmp_path / "run", **options)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("no tokenizer", "tokenizer"),
-        ("too many tokens", "300 tokens"),
-        ("an adapter", "rwkv merge"),
-        ("a state", "--state"),
-    ],
-)
-def test_a_folder_that_is_no_whole_model_is_refused(change, said, base, data, tmp_path, finished, capsys):
-    model = shutil.copytree(base, tmp_path / "other")
-    if change == "no tokenizer":
-        for file in model.glob("tokenizer*"):
-            file.unlink()
-    elif change == "too many tokens":
-        make({"vocab_size": 299, "hidden_size": 20, "num_hidden_layers": 2}).save_pretrained(model)
-    else:
-        model = finished["lora" if change == "an adapter" else "state"]
-    assert said in refusal("full", capsys, model, data, tmp_path / "run")
-
-
-def test_a_folder_is_made_below_no_file(base, data, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert "output_dir" in refusal("full", capsys, base, data, tmp_path / "file" / "run")
-
-
-RECIPE = {  # an option, and two values of it
-    **{"learning_rate": (1e-3, 1e-4), "weight_decay": (0.0, 0.1), "label_smoothing_factor": (0.0, 0.1)},
-    **{"optim": ("sgd", "adamw_torch"), "optim_args": (None, "a=1"), "seed": (0, 1), "max_steps": (1, 2)},
-    **{"neftune_noise_alpha": (None, 1.0), "per_device_train_batch_size": (1, 2), "context_length": (8, 9)},
-    **{
-        "rank": (1, 2),
-        "model": ("one", "two"),
-        "train_file": ("one.txt", "two.txt"),
-        "validation_file": (None, "one"),
-    },
-}
-FREE = {
-    **{"output_dir": ("one", "two"), "logging_steps": (1, 2), "report_to": ("none", "tensorboard")},
-    **{"dataloader_num_workers": (0, 1), "save_total_limit": (1, 2), "per_device_eval_batch_size": (1, 2)},
-    **{"gradient_checkpointing": (False, True), "torch_compile": (False, True), "model": ("one", "{here}/one")},
-    **{"train_file": ("one.txt", "copy.txt"), "validation_file": ("one", "{here}/one")},
-}
-
-
-@pytest.mark.parametrize(("option", "same"), [*((name, False) for name in RECIPE), *((name, True) for name in FREE)])
-def test_a_run_is_continued_with_whatever_decides_its_result(option, same, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("one", "two"):
-        Path(folder).mkdir()
-    for file in ("one.txt", "two.txt", "copy.txt"):
-        Path(file).write_text(file if file == "two.txt" else "text")
-    recipes = []
-    for value in (FREE if same else RECIPE)[option]:
-        value = value.format(here=tmp_path) if isinstance(value, str) else value
-        groups = (lora.LoraTrainingArguments, lora.LoraArguments, DataArguments)
-        given = {"output_dir": "run", "train_file": "one.txt", option: value}
-        recipes.append(
-            recipe(*(group(**{k: v for k, v in given.items() if k in group.__dataclass_fields__}) for group in groups))
-        )
-    assert (recipes[0] == recipes[1]) == same
-
-
-def test_another_kind_of_model_is_refused(base, data, tmp_path, capsys):
-    shutil.copytree(base, tmp_path / "other")
-    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "gpt2" in refusal("full", capsys, tmp_path / "other", data, tmp_path / "run")
 
 
 # Speed
