@@ -16,7 +16,7 @@ def main() -> int:
     print(ROW.format("arch", "element", "channels", "kernel", "registers", "bytes spilled"))
     for arch in sys.argv[1:] or ("sm_80", "sm_90", "sm_100"):
         for dtype in wkv4_cuda.DTYPES:
-            for width in (1, 2):
+            for width in wkv4_cuda.widths(dtype):
                 report = loader.compiler_report("wkv4_cuda.cu", arch, wkv4_cuda.defines(dtype, width))
                 for name, registers, spilled in kernels(report):
                     print(ROW.format(arch, str(dtype).removeprefix("torch."), width, name, registers, spilled))

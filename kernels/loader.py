@@ -136,8 +136,8 @@ def cuda_kernel(
     return _once(("cuda", source, name, device.index, _frozen(defines)), load)
 
 
-def launch(kernel: Kernel, blocks: int, threads: int, arguments: ctypes.Structure) -> None:
-    """Start a kernel, whose one parameter is a structure, on torch's current stream of its device.
+def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
+    """Start a kernel, whose one parameter is a structure, in rows of blocks, on torch's current stream of its device.
 
     That device must be the current one. Returns at once; can be captured in a graph.
 
@@ -147,13 +147,13 @@ def launch(kernel: Kernel, blocks: int, threads: int, arguments: ctypes.Structur
     driver = kernel.driver
     stream = torch.cuda.current_stream(kernel.device).cuda_stream
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    call = (kernel.function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
+    call = (kernel.function, *blocks, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
     (status,) = driver.cuLaunchKernel(*call)
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA so far
         _make_current(driver, kernel.device)
         (status,) = driver.cuLaunchKernel(*call)
     if status:
-        raise RuntimeError(f"{status.name}: {blocks} blocks of {threads} threads")
+        raise RuntimeError(f"{status.name}: {blocks[0]} x {blocks[1]} blocks of {threads} threads")
 
 
 def clear() -> None:

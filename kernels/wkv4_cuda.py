@@ -3,29 +3,37 @@
 Symbols: B batch, T time steps, C channels, N sequences, M tokens of all sequences.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from rwkv_kernels import loader
-from rwkv_kernels.wkv4_native import Arguments, Integer, Pointer, Sequences, fields, rows
+from rwkv_kernels.wkv4_native import Arguments, Pointer, Sequences, fields, rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in wkv4_cuda.cu
 LANES = 32  # threads of a warp, side by side along channels
+NOTHING = -1  # as an integer, where nobody has told anything yet
 
-# The fastest of some forty choices on an H200. A tile of a block of threads is WARPS * STEPS tokens; BLOCKS of them
-# share a multiprocessor.
-FORWARD = {"WARPS": 4, "STEPS": 12, "BLOCKS": 4}
-BACKWARD = {"WARPS": 4, "STEPS": 6, "BLOCKS": 3}
-TILE = BACKWARD["WARPS"] * BACKWARD["STEPS"]  # tokens between two states that the forward pass keeps
-PIECE = FORWARD["WARPS"] * FORWARD["STEPS"]  # tokens that a piece is a multiple of, and a multiple of TILE
+# How a pass goes through a sequence, whole or cut (`Plan` in wkv4_cuda.cu): the fastest of some sixty choices on an
+# H200. A tile of a block of threads is WARPS * STEPS tokens; BLOCKS of them share a multiprocessor.
+PLANS = {
+    "forward": {"WARPS": 4, "STEPS": 16, "BLOCKS": 3},
+    "backward": {"WARPS": 4, "STEPS": 8, "BLOCKS": 2},
+    "forward_cut": {"WARPS": 4, "STEPS": 16, "BLOCKS": 4},
+    "backward_cut": {"WARPS": 4, "STEPS": 8, "BLOCKS": 3},
+}
+LOOK = 3  # pieces of a group, of which one tells what is after it all
+TILE = 32  # tokens between two states that the forward pass keeps: a tile of the backward pass
+MOST_PIECES = 2**16 - 1  # that a grid of blocks can have
 
 
 class _Arguments(Arguments):
     _fields_ = (
-        fields(Integer, "time channels pieces length")
+        fields(ctypes.c_int32, "time channels groups pieces")
         + fields(Pointer, "bounds time_decay time_first")
         + fields(Sequences, "key value")
-        + fields(Pointer, "state tiles sums output final_state")
+        + fields(Pointer, "state tiles told output final_state")
         + fields(Sequences, "grad_output")
         + fields(Pointer, "grad_state grad_key grad_value grad_initial grad_vectors")
     )
@@ -41,20 +49,22 @@ def _kernel(name: str, device: torch.device, dtype: torch.dtype, width: int) -> 
 
 
 def defines(dtype: torch.dtype, width: int) -> dict[str, str]:
-    """What the source is compiled with, for elements of ``dtype`` and threads of ``width`` channels, 1 or 2."""
-    shape = {f"FORWARD_{name}": n for name, n in FORWARD.items()} | {
-        f"BACKWARD_{name}": n for name, n in BACKWARD.items()
-    }
-    numbers = {"ELEMENT": DTYPES.index(dtype), "CHANNELS": width, "TILE": TILE} | shape
+    """What the source is compiled with, for elements of ``dtype`` and threads of ``width`` channels."""
+    plans = {f"{plan.upper()}_{name}": n for plan, shape in PLANS.items() for name, n in shape.items()}
+    numbers = {"ELEMENT": DTYPES.index(dtype), "CHANNELS": width, "TILE": TILE, "LOOK": LOOK} | plans
     return {name: str(number) for name, number in numbers.items()}
 
 
-def pieces(tokens: int, longest: int, blocks: int, processors: int) -> tuple[int, int]:
-    """Into how many pieces, of how many tokens, sequences are cut so that they fill a GPU.
+def widths(dtype: torch.dtype) -> tuple[int, ...]:
+    """How many channels a thread can have: one, or as many as make four bytes."""
+    return (1, 2) if dtype.itemsize == 2 else (1,)
 
-    Cutting costs reading keys and values once more. So sequences stay whole where they give three of four
-    multiprocessors a block of threads; otherwise there are pieces for three blocks on each, as far as tokens go. On an
-    H200 that was within a tenth of the best of nine numbers of pieces, for each of seven shapes.
+
+def is_cut(tokens: int, longest: int, blocks: int, processors: int) -> bool:
+    """Whether each tile of a sequence is a block of threads of its own, which waits for those before it.
+
+    So it is where whole sequences would give a multiprocessor less than one and a half blocks: on an H200 a pass over
+    whole sequences then moves fewer bytes a second.
 
     Args:
         tokens: of all sequences.
@@ -62,11 +72,8 @@ def pieces(tokens: int, longest: int, blocks: int, processors: int) -> tuple[int
         blocks: of threads, that the channels of one sequence take.
         processors: multiprocessors of the GPU.
     """
-    blocks *= max(1, tokens // longest)
-    whole = -(-longest // PIECE)
-    wanted = 1 if 4 * blocks >= 3 * processors else min(whole, -(-3 * processors // blocks))
-    length = -(-whole // wanted) * PIECE
-    return -(-longest // length), length
+    whole = blocks * max(1, tokens // longest)
+    return 2 * whole < 3 * processors and TILE < longest <= TILE * MOST_PIECES
 
 
 def forward(
@@ -82,9 +89,11 @@ def forward(
 
     tiles: (M // TILE + N, 3, C) float32, to be filled with what ``backward`` needs; or empty.
     """
+    if key.shape[0] * key.shape[1] >= 2**31:
+        raise ValueError(f"key has {key.shape[0] * key.shape[1]} tokens: pass fewer than 2^31 at a time")
     output, final_state = key.new_empty(key.shape), state.new_empty(state.shape)
     _launch(
-        ("sums", "forward"), time_decay, time_first, key, value, state, cu_seqlens, tiles,
+        "forward", time_decay, time_first, key, value, state, cu_seqlens, tiles,
         output=output, final_state=final_state,
     )  # fmt: skip
     return output, final_state
@@ -104,7 +113,7 @@ def backward(
     """Gradients of the first five arguments of ``wkv4``, from what ``forward`` left in ``tiles``; key is not empty."""
     grad_key, grad_value, initial = key.new_empty(key.shape), key.new_empty(key.shape), state.new_empty(state.shape)
     vectors = _launch(
-        ("adjoints", "backward"), time_decay, time_first, key, value, state, cu_seqlens, tiles,
+        "backward", time_decay, time_first, key, value, state, cu_seqlens, tiles,
         grad_output=rows(grad_output), grad_state=grad_state.contiguous(),
         grad_key=grad_key, grad_value=grad_value, grad_initial=initial,
     )  # fmt: skip
@@ -113,7 +122,7 @@ def backward(
 
 
 def _launch(
-    kernels: tuple[str, str],
+    name: str,
     time_decay: Tensor,
     time_first: Tensor,
     key: Tensor,
@@ -123,7 +132,7 @@ def _launch(
     tiles: Tensor,
     **more: Tensor,
 ) -> Tensor:
-    """Run the second kernel, after the first where sequences are cut.
+    """Run a pass, "forward" or "backward".
 
     Returns the gradients of u and w of every piece, (pieces of all, 2, C), which only a backward pass fills in.
     """
@@ -137,21 +146,23 @@ def _launch(
         "state": state.contiguous(),
         "tiles": tiles,
     } | more
-    width = 2 if channels % 2 == 0 and all(_is_paired(x) for x in tensors.values() if x is not None) else 1
+    paired = channels % 2 == 0 and all(_is_paired(x) for x in tensors.values() if x is not None)
+    width = widths(key.dtype)[-1] if paired else 1
     blocks = -(-channels // (LANES * width))
     longest = time if cu_seqlens is None else int(cu_seqlens.diff().max())
     processors = torch.cuda.get_device_properties(key.device).multi_processor_count
-    count, length = pieces(batch * time, longest, blocks, processors)
+    count, told = 1, None
+    if is_cut(batch * time, longest, blocks, processors):
+        name = f"{name}_cut"
+        count = -(-longest // (PLANS[name]["WARPS"] * PLANS[name]["STEPS"]))
+        told = torch.full((sequences * blocks, count, 3, LANES * width), NOTHING, dtype=torch.int32, device=key.device)
     vectors = state.new_empty(sequences * count, 2, channels)
-    sums = state.new_empty(sequences * count, 3, channels) if count > 1 else None
     arguments = _Arguments(
-        time=time, channels=channels, pieces=count, length=length, sums=sums, grad_vectors=vectors, **tensors
+        time=time, channels=channels, groups=blocks, pieces=count, told=told, grad_vectors=vectors, **tensors
     )
     with torch.cuda.device(key.device):
-        for name in kernels if count > 1 else kernels[1:]:
-            threads = LANES * (FORWARD if name in ("sums", "forward") else BACKWARD)["WARPS"]
-            kernel = _kernel(name, key.device, key.dtype, width)
-            loader.launch(kernel, sequences * count * blocks, threads, arguments)
+        kernel = _kernel(name, key.device, key.dtype, width)
+        loader.launch(kernel, (sequences * blocks, count), LANES * PLANS[name]["WARPS"], arguments)
     return vectors
 
 

@@ -14,8 +14,9 @@ template <class R> struct State {
     R a, b, p;
 };
 
-// The weights of the past and of a token, the larger of which is 1, in the state after it and in its output:
+// The weights of the past and of a token in the state after it and in its output:
 //     a' = past a + now v,   b' = past b + now,   output = (old a + bonus v) / (old b + bonus).
+// The larger of past and now is 1; old and bonus matter by their ratio.
 template <class R> struct Weights {
     R past, now, old, bonus;
 };
@@ -54,6 +55,17 @@ template <class R> WKV_INLINE Weights<R> weigh(R w, R u, R k, R& p) {
     balance(scale, u + k, weights.old, weights.bonus);
     p = p + w;
     balance(p, k, weights.past, weights.now);
+    return weights;
+}
+
+// The same at the cost of one exponential, given lead = e^(u + w), by which a token counts more in its output than in the
+// state after it. For u + w within REACH of 0: a past that then rounds to nothing is less than e^-27 of the output.
+constexpr float REACH = 60;
+template <class R> WKV_INLINE Weights<R> weigh_near(R w, R lead, R k, R& p) {
+    Weights<R> weights;
+    p = p + w;
+    balance(p, k, weights.past, weights.now);
+    weights.old = weights.past, weights.bonus = weights.now * lead;
     return weights;
 }
 

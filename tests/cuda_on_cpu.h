@@ -16,15 +16,12 @@
 #define __shared__ static
 
 struct Index {
-    unsigned x;
+    int x, y;
 };
 static thread_local Index threadIdx, blockIdx, gridDim;
 static pthread_barrier_t everybody;
 static void __syncthreads() { pthread_barrier_wait(&everybody); }
 
-struct float2 {
-    float x, y;
-};
 template <class T> T __ldg(const T* x) { return *x; }
 template <class T> void __stcg(T* x, T y) { *x = y; }
 template <class To, class From> To bits_of(From x) {
@@ -35,6 +32,7 @@ template <class To, class From> To bits_of(From x) {
 static float __int_as_float(int x) { return bits_of<float>(x); }
 static int __float_as_int(float x) { return bits_of<int>(x); }
 static int min(int x, int y) { return x < y ? x : y; }
+static bool __all_sync(unsigned, bool x) { return x; }
 static int max(int x, int y) { return x > y ? x : y; }
 static long long min(long long x, long long y) { return x < y ? x : y; }
 static long long max(long long x, long long y) { return x > y ? x : y; }
@@ -51,13 +49,15 @@ template <class Element, class T> T* ptx_after(T* from, int i, int stride) {
     return (T*)((char*)from + (long long)i * (stride * int(sizeof(Element))));
 }
 
-template <class Kernel, class Arguments> void run(Kernel kernel, int blocks, int threads, const Arguments& arguments) {
-    for (int block = 0; block < blocks; ++block) {
+// Blocks run one after another, in the order in which a GPU begins them.
+template <class Kernel, class Arguments> void run(Kernel kernel, Index blocks, int threads, const Arguments& arguments) {
+    for (int block = 0; block < blocks.x * blocks.y; ++block) {
+        const Index here{block % blocks.x, block / blocks.x};
         pthread_barrier_init(&everybody, nullptr, threads);
         std::vector<std::thread> all;
         for (int i = 0; i < threads; ++i) {
             all.emplace_back([&, i] {
-                threadIdx = {unsigned(i)}, blockIdx = {unsigned(block)}, gridDim = {unsigned(blocks)};
+                threadIdx = {i, 0}, blockIdx = here, gridDim = blocks;
                 kernel(arguments);
             });
         }

@@ -15,14 +15,17 @@ import torch
 from rwkv_kernels import loader, wkv4, wkv4_cuda
 
 HERE = Path(__file__).parent
-KERNELS = ("sums", "forward", "adjoints", "backward")
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread")
+KERNELS = tuple(wkv4_cuda.PLANS)
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fno-gnu-unique")  # each library has its own memory
 PTX = {  # the functions written in PTX, and what stands for them
     "float exp_(float x)": "ptx_exp(x)",
     "float max_(float x, float y)": "ptx_max(x, y)",
     "float min_(float x, float y)": "ptx_min(x, y)",
     "float reciprocal_(float x)": "ptx_reciprocal(x)",
     "Element narrow(float x)": "ptx_narrow(x)",
+    "void tell(float* to, Real x)": "(void)(*reinterpret_cast<Real*>(to) = x)",
+    "Real hear(const float* from)": "*reinterpret_cast<const Real*>(from)",
+    "void forget(Packed& x)": "(void)x",
     "T* after(T* from, int i, int stride)": "ptx_after<Element>(from, i, stride)",
 }
 
@@ -31,13 +34,13 @@ def program(dtype: torch.dtype, width: int) -> str:
     """The kernels as C++ functions, for elements of ``dtype`` and threads of ``width`` channels."""
     text = (loader.KERNELS / "wkv4_cuda.cu").read_text()
     for signature, body in PTX.items():
-        pattern = rf"(WKV_INLINE {re.escape(signature)}) \{{\n[^}}]*asm\([^}}]*\n\}}"
-        text, count = re.subn(pattern, rf"\1 {{ return {body}; }}", text)
+        pattern = rf"(WKV_INLINE {re.escape(signature)}) \{{\n(?:(?!\n\}}).)*?asm(?: volatile)?\(.*?\n\}}"
+        text, count = re.subn(pattern, rf"\1 {{ return {body}; }}", text, flags=re.DOTALL)
         assert count, f"{signature} is not in the source any more"
     defines = "".join(f"#define {name} {value}\n" for name, value in wkv4_cuda.defines(dtype, width).items())
     calls = "".join(
-        f'extern "C" void run_{name}(int blocks, int threads, const wkv4::Arguments* all) '
-        f"{{ run(wkv4_{name}, blocks, threads, *all); }}\n"
+        f'extern "C" void run_{name}(int x, int y, int threads, const wkv4::Arguments* all) '
+        f"{{ run(wkv4_{name}, {{x, y}}, threads, *all); }}\n"
         for name in KERNELS
     )
     return f'#include "cuda_on_cpu.h"\n{defines}{text}\n{calls}'
@@ -58,8 +61,10 @@ def emulated(folder: Path, processors: int) -> Iterator[None]:
     def kernel(name: str, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., None]:
         return getattr(library(folder, dtype, width), f"run_{name}")
 
-    def launch(kernel: Callable[..., None], blocks: int, threads: int, arguments: ctypes.Structure) -> None:
-        kernel(blocks, threads, ctypes.byref(arguments))
+    def launch(
+        kernel: Callable[..., None], blocks: tuple[int, int], threads: int, arguments: ctypes.Structure
+    ) -> None:
+        kernel(*blocks, threads, ctypes.byref(arguments))
 
     properties = SimpleNamespace(multi_processor_count=processors)
     with pytest.MonkeyPatch.context() as patch:

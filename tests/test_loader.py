@@ -495,7 +495,7 @@ def test_no_device_has_a_cure(cuda_source):
 def test_a_kernel_runs(dtype, element, cuda_source):
     kernel = loader.cuda_kernel(cuda_source, "fill", torch.device("cuda"), {"ELEMENT": element})
     x = torch.zeros(1000, dtype=dtype, device="cuda")
-    loader.launch(kernel, 4, 256, Arguments(x.data_ptr(), 999))
+    loader.launch(kernel, (2, 2), 256, Arguments(x.data_ptr(), 999))
     assert x.tolist() == [42.0] * 999 + [0.0]
 
 
@@ -503,7 +503,7 @@ def test_a_kernel_runs(dtype, element, cuda_source):
 def test_a_kernel_runs_on_the_current_stream_in_a_graph_and_in_a_new_thread(cuda_source):
     kernel = loader.cuda_kernel(cuda_source, "fill", torch.device("cuda"))
     x = torch.zeros(256, device="cuda")
-    run = lambda: loader.launch(kernel, 1, 256, Arguments(x.data_ptr(), 256))  # noqa: E731
+    run = lambda: loader.launch(kernel, (1, 1), 256, Arguments(x.data_ptr(), 256))  # noqa: E731
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -521,7 +521,7 @@ def test_a_kernel_runs_on_the_current_stream_in_a_graph_and_in_a_new_thread(cuda
 def test_what_the_driver_refuses_is_named(cuda_source):
     kernel = loader.cuda_kernel(cuda_source, "fill", torch.device("cuda"))
     x = torch.zeros(1, device="cuda")
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE: 1 blocks of 2048 threads"):
-        loader.launch(kernel, 1, 2048, Arguments(x.data_ptr(), 1))
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE: 1 x 1 blocks of 2048 threads"):
+        loader.launch(kernel, (1, 1), 2048, Arguments(x.data_ptr(), 1))
     with pytest.raises(loader.Unavailable, match="does not load the kernel nothing: CUDA_ERROR_NOT_FOUND"):
         loader.cuda_kernel(cuda_source, "nothing", torch.device("cuda"))

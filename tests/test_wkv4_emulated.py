@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cuda_on_cpu import emulated
-from wkv4_cases import DIFFERENTIABLE, agree, differentiate, in_double, make, readout, runner
+from wkv4_cases import DIFFERENTIABLE, SITUATIONS, agree, differentiate, in_double, make, readout, runner
 
 from rwkv_kernels import wkv4
 from rwkv_kernels.wkv4 import wkv4_reference
@@ -16,7 +16,8 @@ widths = pytest.mark.parametrize("channels", [37, 66], ids=["one-channel-threads
 SHAPES = {
     "dense-1": (1, ()),
     "dense-31": (31, ()),
-    "dense-120": (120, ()),  # two whole tiles and a half
+    "dense-120": (120, ()),  # whole tiles and a half
+    "dense-700": (700, ()),  # groups of pieces
     "packed": (0, (0, 1, 47, 48, 0, 49, 23, 24, 150, 0)),
 }
 
@@ -51,11 +52,24 @@ def reference(x):
     return [output, readout(end), *grads.values()]
 
 
+@pytest.mark.parametrize("kind", ["near", "far"])
+@processors
+def test_weights_of_one_scale_or_of_two(kind, processors, folder):
+    x = make(330, channels=70, **SITUATIONS[f"float32-{kind}"])
+    with emulated(folder, processors):
+        output, end, grads = differentiate(x, runner("cuda"))
+    results = {"output": output, "end": readout(end)} | grads
+    for name, exact, sequential in zip(results, *map(reference, (in_double(x), x)), strict=True):
+        assert distance(results[name], exact) <= 2 * distance(sequential, exact) + 2e-5, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @processors
 @widths
-def test_half_precision_is_computed_in_float32(processors, channels, folder):
+def test_half_precision_is_computed_in_float32(shape, processors, channels, folder):
     """In and out of bfloat16, so rounded once: as the portable implementation does it."""
-    x = make(130, channels=channels, dtype=torch.bfloat16)
+    time, lengths = SHAPES[shape]
+    x = make(time, channels=channels, lengths=lengths, dtype=torch.bfloat16)
     with emulated(folder, processors):
         output, end, grads = differentiate(x, runner("cuda"))
     expected, expected_end, expected_grads = differentiate(x, runner("portable"))
@@ -63,6 +77,15 @@ def test_half_precision_is_computed_in_float32(processors, channels, folder):
     agree(readout(end), readout(expected_end))
     for name in DIFFERENTIABLE:
         assert distance(grads[name], expected_grads[name].double()) <= 5e-3, name
+
+
+@processors
+def test_gradients_share_no_memory(processors, folder):
+    """An operator of PyTorch may not return views of one tensor."""
+    x = make(100, channels=66)
+    with emulated(folder, processors):
+        _, _, grads = differentiate(x, runner("cuda"))
+    assert len({gradient.untyped_storage().data_ptr() for gradient in grads.values()}) == len(grads)
 
 
 @processors

@@ -258,23 +258,29 @@ def test_nothing_is_compiled_before_it_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("dtype", wkv4_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(dtype, width) for dtype in wkv4_cuda.DTYPES for width in wkv4_cuda.widths(dtype)], ids=str
+)
 def test_every_cuda_kernel_compiles_without_a_warning(arch, dtype, width):
     code = loader.cubin("wkv4_cuda.cu", arch, wkv4_cuda.defines(dtype, width), warnings_are_errors=True)
-    for kernel in (b"wkv4_sums", b"wkv4_forward", b"wkv4_adjoints", b"wkv4_backward"):
-        assert kernel in code
+    for plan in wkv4_cuda.PLANS:
+        assert f"wkv4_{plan}\0".encode() in code
 
 
-@pytest.mark.parametrize("processors", [1, 20, 132])
-@pytest.mark.parametrize("blocks", [1, 3, 12, 200])
-def test_pieces_cover_the_longest_sequence_and_no_more(processors, blocks):
-    for longest, sequences in itertools.product((1, 47, 48, 49, 1000, 100_000), (1, 8)):
-        count, length = wkv4_cuda.pieces(sequences * longest, longest, blocks, processors)
-        assert length % wkv4_cuda.PIECE == 0 and length % wkv4_cuda.TILE == 0
-        assert (count - 1) * length < longest <= count * length
-        assert count == 1 or blocks * sequences < processors
-        assert count * blocks * sequences >= processors / 2 or length == wkv4_cuda.PIECE  # the GPU is full
+def test_sequences_are_cut_where_whole_ones_leave_a_gpu_idle():
+    def is_cut(batch, time, channels):
+        return wkv4_cuda.is_cut(batch * time, time, -(-channels // 64), processors=132)
+
+    assert is_cut(1, 8192, 2560) and is_cut(1, 1024, 768) and is_cut(8, 1024, 768)
+    assert not is_cut(8, 1024, 2048) and not is_cut(32, 1024, 768) and not is_cut(4, 4096, 5120)
+    assert not is_cut(1, 32, 768)  # one tile
+    assert is_cut(1, 32 * 65535, 768) and not is_cut(1, 32 * 65535 + 1, 768)  # a grid has no more rows of blocks
+
+
+def test_more_tokens_than_an_integer_counts_are_refused():
+    key = torch.empty(2, 2**30, 1, device="meta")
+    with pytest.raises(ValueError, match="2147483648 tokens"):
+        wkv4_cuda.forward(*key.new_empty(2, 1), key, key, key.new_empty(2, 3, 1), None, key.new_empty(0))
 
 
 def test_auto_takes_the_native_one_and_warns_of_nothing():
