@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from modeling_rwkv import RwkvConfig, RwkvForCausalLM
 from rwkv_eval.documents import byte_count, read_documents
@@ -108,14 +108,17 @@ def run(
     """
     prepare(training_args, smallest(model_args, data_args))
     documents, valid_documents = (read_all(path) for path in (data_args.train_file, data_args.validation_file))
-    output_dir = Path(training_args.output_dir)
-    tokenizer = load_tokenizer(data_args.tokenizer) if data_args.tokenizer else None
+    own = Path(training_args.output_dir) / "tokenizer"
     with training_args.main_process_first(local=False, desc="output_dir and tokenizer"):
-        claim(output_dir, recipe(training_args, model_args, data_args))
-        if tokenizer is None:
-            if not (output_dir / "tokenizer").exists():
-                save_tokenizer(train_tokenizer(documents, data_args.vocab_size), output_dir / "tokenizer")
-            tokenizer = load_tokenizer(output_dir / "tokenizer")
+        if data_args.tokenizer or own.exists():
+            tokenizer = load_tokenizer(data_args.tokenizer or own)
+        else:
+            tokenizer = train_tokenizer(documents, data_args.vocab_size)
+        set_seed(training_args.seed)
+        model = build(model_args, data_args, tokenizer)
+        claim(own.parent, recipe(training_args, model_args, data_args))
+        if not data_args.tokenizer and not own.exists():
+            save_tokenizer(tokenizer, own)
 
     train, valid = (
         PackedRows(tokenize(texts, tokenizer, every, name), data_args.block_size, tokenizer.pad_token_id)
@@ -129,20 +132,8 @@ def run(
         f"{len(documents):,} documents, {len(train.tokens):,} tokens in {len(train):,} rows of "
         f"{data_args.block_size}, {train.waste:.1%} padding"
     )
-    set_seed(training_args.seed)
-    config = RwkvConfig(
-        vocab_size=len(tokenizer),
-        context_length=data_args.block_size,
-        num_hidden_layers=model_args.num_hidden_layers,
-        hidden_size=model_args.hidden_size,
-        intermediate_size=model_args.intermediate_size,
-        tie_word_embeddings=model_args.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     trainer = RwkvTrainer(
-        model=RwkvForCausalLM(config),
+        model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=valid,
@@ -159,6 +150,29 @@ def run(
     settings = settings_of(model_args, data_args, card_args, training_args)
     folder = save_result(trainer, product, metrics, card_args, settings)
     say(f"{folder}: {metrics['eval_bits_per_byte']:.4f} bits per byte")
+
+
+def build(model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> RwkvForCausalLM:
+    """The model as training begins with it.
+
+    Raises:
+        Refusal: there is no model of such sizes, or no memory for it.
+    """
+    try:
+        config = RwkvConfig(
+            vocab_size=len(tokenizer),
+            context_length=data_args.block_size,
+            num_hidden_layers=model_args.num_hidden_layers,
+            hidden_size=model_args.hidden_size,
+            intermediate_size=model_args.intermediate_size,
+            tie_word_embeddings=model_args.tie_word_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return RwkvForCausalLM(config)
+    except (ValueError, RuntimeError, MemoryError) as error:  # what PyTorch raises where memory ends is the second
+        raise Refusal(f"no model of these sizes can be built: {error}; choose others") from error
 
 
 def smallest(model_args: ModelArguments, data_args: DataArguments) -> dict[str, tuple[float, float]]:

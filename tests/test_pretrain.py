@@ -266,6 +266,8 @@ def test_a_wrong_option_is_one_sentence(tmp_path, capsys, config, words, said):
         (["--block_size", "1"], "block_size"),
         (["--vocab_size", "100"], "vocab_size"),
         (["--hidden_size", "0"], "hidden_size"),
+        (["--hidden_size", "4000000000000"], "sizes"),
+        (["--intermediate_size", "-3"], "intermediate_size is -3"),
         (["--output_dir", "taken"], "taken"),
         (["--output_dir", "empty.txt"], "empty.txt"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
@@ -282,6 +284,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(texts, tmp_path, monkeypatc
         pretrain.main([*run_options(texts, tmp_path / "run"), *options])
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and said in printed and printed.startswith("error: ")
+    assert not (tmp_path / "run").exists()
     assert [path.name for path in Path("taken").iterdir()] == ["thesis.tex"]
 
 
