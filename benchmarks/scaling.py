@@ -156,7 +156,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def size(text: str) -> tuple[int, int]:
+    """LAYERSxWIDTH, both at least 1."""
     layers, width = map(int, text.split("x"))
+    if layers < 1 or width < 1:
+        raise ValueError(text)
     return layers, width
 
 
