@@ -341,32 +341,26 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             layout = _layout_of(labels, tokens, **inputs)
             if kwargs.get("shift_labels") is None:
                 kwargs["shift_labels"] = layout.next_labels(labels)
-            if chunk_length is not None:
-                if refused := [name for name, x in {**options, "logits_to_keep": logits_to_keep}.items() if x]:
-                    raise ValueError(f"chunk_length gives the loss and nothing else: leave out {', '.join(refused)}")
-                tokens = layout.pack(tokens).flatten(0, 1)
-                if len(tokens) > 0:
-                    return CausalLMOutputWithPast(
-                        loss=self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs)
-                    )
-                skip_logits = True
         elif skip_logits or chunk_length is not None:
             raise ValueError("without labels there is no loss, and so nothing to compute: give labels")
+        if chunk_length is not None:
+            _check_that_none_is_given(**options, logits_to_keep=logits_to_keep)
+            tokens, skip_logits = layout.pack(tokens).flatten(0, 1), True
+            if len(tokens) > 0:
+                return CausalLMOutputWithPast(self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs))
         outputs = self.rwkv(input_ids, inputs_embeds=inputs_embeds, **inputs, **options, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = outputs.last_hidden_state[:, kept]
-        logits = None if skip_logits else self.head(x)
-        loss = None
-        if logits is None:
-            loss = chunked_loss(self.loss_function, self.head, x, **kwargs)
-        elif labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        loss, logits = self._scored(outputs.last_hidden_state[:, kept], labels, skip_logits, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+    def _scored(
+        self, x: Tensor, labels: Tensor | None, skip_logits: bool, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss where there are labels, and the logits, unless they are skipped, of ``x`` (B, T, C)."""
+        if skip_logits:
+            return chunked_loss(self.loss_function, self.head, x, **kwargs), None
+        logits = self.head(x)
+        return None if labels is None else self.loss_function(logits=logits, labels=labels, **kwargs), logits
 
     def _chunked(
         self,
@@ -419,6 +413,11 @@ class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _check_that_none_is_given(**options: Any) -> None:
+    if given := [name for name, x in options.items() if x]:
+        raise ValueError(f"chunk_length gives the loss and nothing else: leave out {', '.join(given)}")
 
 
 def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
