@@ -489,10 +489,11 @@ WKV_INLINE Item link(const Item& after, const Item& run) {
 // One tile of the backward pass; as in the forward pass, those of the next one are asked for.
 template <class Plan, class Tile>
 WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& exchange, Item& sums, bool more) {
+    static_assert(Plan::TOKENS == TILE, "a tile must begin with a kept state");
     constexpr int STEPS = Plan::STEPS;
     const Strand& strand = tile.strand;
     const Arguments& all = strand.all;
-    State<Real> start = strand.state(all.tiles, strand.tile(Plan::CUT ? strand.from : tile.t));
+    State<Real> start = strand.state(all.tiles, strand.tile(tile.t));
     State<Real> s = tile.enter(start, tile.publish(exchange)), before[STEPS];
     Item run{Real{}, Real{}, Real{} + 1};  // what this warp's tokens add to the adjoint, and what they leave of it
 #pragma unroll

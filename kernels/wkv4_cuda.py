@@ -26,6 +26,7 @@ PLANS = {
 LOOK = 3  # pieces of a group, of which one tells what is after it all
 TILE = 32  # tokens between two states that the forward pass keeps: a tile of the backward pass
 MOST_PIECES = 2**16 - 1  # that a grid of blocks can have
+MOST_TOKENS = 2**31 - 2**8  # an integer counts these, and those of two tiles after them
 
 
 class _Arguments(Arguments):
@@ -89,8 +90,9 @@ def forward(
 
     tiles: (M // TILE + N, 3, C) float32, to be filled with what ``backward`` needs; or empty.
     """
-    if key.shape[0] * key.shape[1] >= 2**31:
-        raise ValueError(f"key has {key.shape[0] * key.shape[1]} tokens: pass fewer than 2^31 at a time")
+    tokens = key.shape[0] * key.shape[1]
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"key has {tokens} tokens: pass at most {MOST_TOKENS} at a time")
     output, final_state = key.new_empty(key.shape), state.new_empty(state.shape)
     _launch(
         "forward", time_decay, time_first, key, value, state, cu_seqlens, tiles,
@@ -152,7 +154,8 @@ def _launch(
     longest = time if cu_seqlens is None else int(cu_seqlens.diff().max())
     processors = torch.cuda.get_device_properties(key.device).multi_processor_count
     count, told = 1, None
-    if is_cut(batch * time, longest, blocks, processors):
+    wasteful = sequences * longest > 4 * batch * time  # a short sequence has the blocks, and the room, of the longest
+    if not wasteful and is_cut(batch * time, longest, blocks, processors):
         name = f"{name}_cut"
         count = -(-longest // (PLANS[name]["WARPS"] * PLANS[name]["STEPS"]))
         told = torch.full((sequences * blocks, count, 3, LANES * width), NOTHING, dtype=torch.int32, device=key.device)

@@ -7,7 +7,7 @@ import torch
 from cuda_on_cpu import emulated
 from wkv4_cases import DIFFERENTIABLE, SITUATIONS, agree, differentiate, in_double, make, readout, runner
 
-from rwkv_kernels import wkv4
+from rwkv_kernels import loader, wkv4
 from rwkv_kernels.wkv4 import wkv4_reference
 
 # 1 multiprocessor: sequences stay whole. 132: they are cut, and the pieces joined.
@@ -18,7 +18,7 @@ SHAPES = {
     "dense-31": (31, ()),
     "dense-120": (120, ()),  # whole tiles and a half
     "dense-700": (700, ()),  # groups of pieces
-    "packed": (0, (0, 1, 47, 48, 0, 49, 23, 24, 150, 0)),
+    "packed": (0, (0, 1, 47, 48, 0, 49, 123, 24, 150, 0)),
 }
 
 
@@ -86,6 +86,18 @@ def test_gradients_share_no_memory(processors, folder):
     with emulated(folder, processors):
         _, _, grads = differentiate(x, runner("cuda"))
     assert len({gradient.untyped_storage().data_ptr() for gradient in grads.values()}) == len(grads)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((1000, 900, 0, 100), 16), ((1000, *[10] * 50), 1)], ids=["even", "ragged"]
+)
+def test_one_long_sequence_does_not_cut_many_short_ones(lengths, rows, folder):
+    """Each would have as many blocks of threads, and as much room, as the long one."""
+    launched = []
+    with emulated(folder, 132), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "launch", lambda kernel, blocks, *_: launched.append(blocks))
+        wkv4.wkv4(**make(0, lengths=lengths, channels=66), backend="cuda")
+    assert [blocks[1] for blocks in launched] == [rows]
 
 
 @processors
