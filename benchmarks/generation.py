@@ -1,6 +1,6 @@
 """Time and memory of generating N tokens: RWKV beside a Transformer of the same shape with its KV cache.
 
-    python benchmarks/generation.py                                # a small shape, under ten minutes on an idle core
+    python benchmarks/generation.py                                # a small shape, minutes on one core
     python benchmarks/generation.py --json generation.json --plot generation.png
     python benchmarks/generation.py --shape 169m --threads 16      # any of sides.py, or LAYERSxWIDTHxVOCABULARY
     python benchmarks/generation.py --shape 430m --device cuda --dtype bfloat16
@@ -233,10 +233,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", type=shape, default="2x128x4096", metavar="NAME", help=f"{', '.join(SHAPES)} or LxCxV"
+        "--shape", type=shape, default="2x64x4096", metavar="NAME", help=f"{', '.join(SHAPES)} or LxCxV"
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 12288, 16384])
-    parser.add_argument("--repeats", type=int, default=2, help="of the times")
+    parser.add_argument("--repeats", type=int, default=1, help="of the times")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -265,6 +265,8 @@ def shape(text: str) -> str:
     """A name of sides.py; LAYERSxWIDTHxVOCABULARY becomes one."""
     if text not in SHAPES:
         layers, width, vocabulary = map(int, text.split("x"))
+        if min(layers, width, vocabulary) < 1:
+            raise ValueError(text)
         SHAPES[text] = layers, width, vocabulary
     return text
 
