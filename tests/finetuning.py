@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from models import make
+from torch import nn
 
 pytest.importorskip("datasets")
 
@@ -92,3 +94,13 @@ def refusal(program: str, capsys: pytest.CaptureFixture[str], *arguments, **opti
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """Of a text of 58 tokens, evaluated."""
+    with torch.no_grad():
+        return model.eval()(torch.arange(2, 60)[None]).logits

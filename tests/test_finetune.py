@@ -1,7 +1,6 @@
 """Laws of the fine-tuning programs: what is trained and saved, and runs that are stopped."""
 
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -9,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetuning import PROGRAMS, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
+from finetuning import (  # noqa: F401 - fixtures
+    PROGRAMS,
+    history,
+    logits,
+    own_cache,
+    swapped_words,
+    tiny_model,
+    train,
+)
 from models import agree, make, same
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
@@ -38,19 +45,10 @@ def finished(base, data, tmp_path_factory) -> dict[str, Path]:
     return {program: train(program, base, data, folder / program, **OPTIONS[program]) for program in PROGRAMS}
 
 
-def history(run: Path) -> list[dict[str, float]]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
-
-
 def weights(result: Path) -> dict[str, bytes]:
     """The bits of every tensor."""
     tensors = load_file(next(result.glob("*.safetensors")))
     return {name: x.view(torch.uint8).numpy().tobytes() for name, x in tensors.items()}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(2, 60)[None]).logits
 
 
 # Results
@@ -315,36 +313,6 @@ def test_a_compiled_model_has_the_same_losses(base, data, tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager", "eval_on_start": False, "max_steps": 2}
     packed = losses_of("full", base, data, tmp_path / "usual", eval_on_start=False, max_steps=2)
     assert losses_of("full", base, data, tmp_path / "compiled", **compiled) == pytest.approx(packed, rel=2e-4)
-
-
-def test_an_adapter_of_eight_bits_has_the_gradients_of_their_weights(base, data, tmp_path):
-    """Also after an evaluation, where bitsandbytes may change how it keeps the weights."""
-    result = train("lora", base, data, tmp_path / "run", load_in="8bit", train_vectors=True)
-    losses = [entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
-    args = supervised.SupervisedArguments(output_dir=str(tmp_path / "no"), report_to="none")
-    quantised = lora.build(lora.LoraArguments(model=str(base), load_in="8bit"), args)
-    whole = lora.build(lora.LoraArguments(model=str(base)), args)
-    for model in (quantised, whole):
-        model.load_adapter(result, "default", is_trainable=True)
-    for few, all_bits in zip(quantised.modules(), whole.modules(), strict=False):
-        if hasattr(few, "base_layer"):
-            weight = few.base_layer.weight
-            all_bits.base_layer.weight.data = weight.CB.float() * weight.SCB[:, None] / 127
-    logits(quantised)
-    ids = torch.arange(2, 60)[None]
-    for model in (quantised.train(), whole.train()):
-        model(input_ids=ids, labels=ids).loss.backward()
-    agree(trained_gradients(quantised), trained_gradients(whole), rtol=1e-3)
-
-
-def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: x.grad for name, x in model.named_parameters() if "lora_" in name}
-
-
-def test_low_precision_keeps_what_is_trained_in_float32(base, data, tmp_path):
-    result = train("lora", base, data, tmp_path / "run", bf16=True, max_steps=2, train_vectors=True)
-    assert {x.dtype for x in load_file(result / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 # Speed
