@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkv_kernels import loader
 from rwkv_kernels.wkv4_native import Arguments, Pointer, Sequences, fields, rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in wkv4_cuda.cu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in cuda_numbers.h
 LANES = 32  # threads of a warp, side by side along channels
 NOTHING = -1  # as an integer, where nobody has told anything yet
 

@@ -1,5 +1,5 @@
 // What a CUDA kernel of this project needs to run on a CPU, one thread of the CPU for each of a block: slow, and exact
-// about who waits for whom. The functions below stand for those of the source that are PTX.
+// about who waits for whom. The functions named ptx_ stand for those of the source that are PTX.
 
 #include <cmath>
 #include <cstdint>

@@ -17,7 +17,8 @@ from rwkv_kernels import loader, wkv4, wkv4_cuda
 HERE = Path(__file__).parent
 KERNELS = tuple(wkv4_cuda.PLANS)
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fno-gnu-unique")  # each library has its own memory
-PTX = {  # the functions written in PTX, and what stands for them
+NUMBERS = "cuda_numbers.h"
+PTX = {  # its functions that are written in PTX, and what stands for them
     "float exp_(float x)": "ptx_exp(x)",
     "float max_(float x, float y)": "ptx_max(x, y)",
     "float min_(float x, float y)": "ptx_min(x, y)",
@@ -30,13 +31,19 @@ PTX = {  # the functions written in PTX, and what stands for them
 }
 
 
-def program(dtype: torch.dtype, width: int) -> str:
-    """The kernels as C++ functions, for elements of ``dtype`` and threads of ``width`` channels."""
-    text = (loader.KERNELS / "wkv4_cuda.cu").read_text()
+def numbers() -> str:
+    """The header of PTX, without it."""
+    text = (loader.KERNELS / NUMBERS).read_text()
     for signature, body in PTX.items():
         pattern = rf"(WKV_INLINE {re.escape(signature)}) \{{\n(?:(?!\n\}}).)*?asm(?: volatile)?\(.*?\n\}}"
         text, count = re.subn(pattern, rf"\1 {{ return {body}; }}", text, flags=re.DOTALL)
         assert count, f"{signature} is not in the source any more"
+    return text
+
+
+def program(dtype: torch.dtype, width: int) -> str:
+    """The kernels as C++ functions, for elements of ``dtype`` and threads of ``width`` channels."""
+    text = (loader.KERNELS / "wkv4_cuda.cu").read_text()
     defines = "".join(f"#define {name} {value}\n" for name, value in wkv4_cuda.defines(dtype, width).items())
     calls = "".join(
         f'extern "C" void run_{name}(int x, int y, int threads, const wkv4::Arguments* all) '
@@ -49,6 +56,7 @@ def program(dtype: torch.dtype, width: int) -> str:
 @functools.cache
 def library(folder: Path, dtype: torch.dtype, width: int) -> ctypes.CDLL:
     source, built = folder / f"{dtype}-{width}.cpp", folder / f"{dtype}-{width}.so"
+    (folder / NUMBERS).write_text(numbers())  # found before the one among the kernels
     source.write_text(program(dtype, width))
     subprocess.run(["g++", *FLAGS, f"-I{HERE}", f"-I{loader.KERNELS}", source, "-o", built], check=True)
     return ctypes.CDLL(str(built))
