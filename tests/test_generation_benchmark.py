@@ -79,12 +79,17 @@ def test_a_cache_that_forgets_is_seen(generation, parse, side, dtype):
 @pytest.mark.parametrize("side", sorted(SIDES))
 @pytest.mark.parametrize("pieces", [[9], [1, 8], [4, 1, 4]])
 def test_a_text_in_pieces_is_the_text(generation, parse, side, pieces):
-    """Which are what peaks are measured by. Every token is counted and timed."""
+    """Which are what peaks are measured by. Every token is read once, counted and timed."""
     model = generation.load(side, parse())
     whole, parts, clock = generation.Writer(model), generation.Writer(model), generation.Clock([1, 4, 9])
     whole.write(9, clock)
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, inputs, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
     for tokens in pieces:
         parts.write(tokens)
+    assert read == [1] * 9
     assert whole.ids.shape == (1, 10) and torch.equal(whole.ids, parts.ids)
     assert clock.tokens == 9 and list(clock.seconds) == [1, 4, 9]
     assert whole.cache.get_seq_length() == parts.cache.get_seq_length() == 9
