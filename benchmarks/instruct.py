@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rwkv import demo_model_path
 from rwkv_finetune.examples import instruction_prompt
+from rwkv_finetune.report import plot_loss
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"full": "--learning_rate 1.0e-3", "lora": "", "state": "--learning_rate 0.3"}
@@ -58,7 +59,7 @@ def main() -> None:
     for i, prompt in enumerate(PROMPTS):
         print(f"\n**{' '.join(filter(None, prompt))}**\n")
         print("\n".join(f"- {name}: {texts[i]}" for name, texts in answers.items()))
-    plot(curves, args.plot)
+    plot_loss(curves, args.plot, against="epochs")
     print(f"\n{args.plot}")
 
 
@@ -93,20 +94,6 @@ def answer(model: Any) -> list[str]:
         written = model.float().generate(input_ids=ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
         texts.append(" ".join(tokenizer.decode(written, skip_special_tokens=True).split()) or "(nothing)")
     return texts
-
-
-def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Validation loss against epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{method} ({points[-1][1]:.2f})")
-    axes.set(xlabel="epochs", ylabel="validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

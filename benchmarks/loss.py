@@ -19,8 +19,6 @@ exit code is 1.
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import GIVE_BACK, MEMORY, environment, interleaved, interleaved_on_gpu, peak_memory, progress
+from measure import MEMORY, alone, environment, interleaved, interleaved_on_gpu, peak_memory, progress
 from model import gradient_difference
 from sides import SHAPES, ours
 from torch import Tensor, nn
@@ -109,7 +107,7 @@ def measured(model: nn.Module, tokens: int, args: argparse.Namespace) -> dict[st
     else:
         seconds = {way: of.wall for way, of in interleaved(jobs, args.repeats).items()}
         model.zero_grad(set_to_none=True)
-        peaks = {way: peak_alone(way, tokens) for way in WAYS}
+        peaks = {way: int(alone("--peak-of", way, str(tokens))) for way in WAYS}
     return {
         "seconds": {way: {"median": median(of), "min": min(of), "max": max(of)} for way, of in seconds.items()},
         "peak_bytes": peaks,
@@ -123,14 +121,6 @@ def allocated_peak(model: nn.Module, job: partial[Tensor]) -> int:
     before = torch.cuda.memory_allocated()
     job()
     return torch.cuda.max_memory_allocated() - before
-
-
-def peak_alone(way: str, tokens: int) -> int:
-    """``resident_peak`` in a process that has done nothing else."""
-    progress(f"memory: {tokens} tokens, {way}")
-    command = [sys.executable, *sys.argv, "--peak-of", way, str(tokens)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_BACK)
-    return int(done.stdout)
 
 
 def resident_peak(model: nn.Module, args: argparse.Namespace) -> int:

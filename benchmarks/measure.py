@@ -7,6 +7,7 @@ time is what a user waits for; CPU time, of all threads, is given beside it beca
 import datetime
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -103,6 +104,13 @@ def peak_memory(job: Callable[[], object], interval: float = 1e-3) -> int:
         finished.set()
         sampler.join()
     return max(peak, process.memory_info().rss) - before
+
+
+def alone(*options: str) -> str:
+    """What the running program prints with ``options`` added, in a process of its own with ``GIVE_BACK``."""
+    progress(f"in a process of its own: {' '.join(options)}")
+    command = [sys.executable, *sys.argv, *options]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_BACK).stdout
 
 
 def environment(packages: list[str]) -> dict[str, object]:

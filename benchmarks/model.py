@@ -24,8 +24,6 @@ wide, let glibc keep what is freed (not with --memory)::
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import GIVE_BACK, MEMORY, environment, interleaved, peak_memory, progress
+from measure import MEMORY, alone, environment, interleaved, peak_memory, progress
 from sides import SHAPES, SIDES
 from torch import Tensor
 
@@ -71,7 +69,8 @@ def main() -> int:
     compare_and_time(report, list(works.values()), args)
     if report["agree"] and args.memory:
         report["memory"] = {
-            label: {name: peak_alone(label, name) for name in sides} for label, sides in report["seconds"].items()
+            label: {name: int(alone("--peak-of", label, name)) for name in sides}
+            for label, sides in report["seconds"].items()
         }
     if report["agree"]:
         report["times_ours"] = ratios(report)
@@ -167,14 +166,6 @@ def tolerance(work: Work, args: argparse.Namespace) -> float:
 def token_ids(work: Work, args: argparse.Namespace) -> Tensor:
     generator = torch.Generator().manual_seed(args.seed)
     return torch.randint(SHAPES[args.shape][-1], (work.rows, work.tokens), generator=generator)
-
-
-def peak_alone(label: str, side: str) -> int:
-    """``peak_of`` in a process that has done nothing else."""
-    progress(f"memory: {label}, {side}")
-    command = [sys.executable, *sys.argv, "--peak-of", label, side]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_BACK)
-    return int(done.stdout)
 
 
 def peak_of(work: Work, name: str, args: argparse.Namespace) -> int:

@@ -244,15 +244,17 @@ def curves(log_history: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[f
     return {label: points for label, points in found.items() if points}
 
 
-def plot_loss(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
-    """What `curves` found, as a PNG."""
+def plot_loss(
+    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, against: str = "training tokens (millions)"
+) -> None:
+    """Losses (nats per token) such as `curves` found, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, curve in points.items():
         axes.plot(*zip(*curve, strict=True), marker=".", label=f"{label} ({curve[-1][1]:.3f})")
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+    axes.set(xlabel=against, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
