@@ -68,7 +68,8 @@ def main() -> int:
 
 def load(side: str, args: argparse.Namespace) -> nn.Module:
     model = SIDES[side].load(args.shape, args.seed, getattr(torch, args.dtype)).model.to(args.device).eval()
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)  # it writes on
+    # It writes on, and what it has written is not taken for padding when it is read again.
+    model.generation_config.update(eos_token_id=None, pad_token_id=None)
     return model
 
 

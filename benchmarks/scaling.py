@@ -133,7 +133,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:

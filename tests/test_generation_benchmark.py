@@ -78,9 +78,12 @@ def test_a_cache_that_forgets_is_seen(generation, parse, side, dtype):
 
 @pytest.mark.parametrize("side", sorted(SIDES))
 @pytest.mark.parametrize("pieces", [[9], [1, 8], [4, 1, 4]])
-def test_a_text_in_pieces_is_the_text(generation, parse, side, pieces):
-    """Which are what peaks are measured by. Every token is read once, counted and timed."""
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_text_in_pieces_is_the_text(generation, parse, side, pieces, zeros):
+    """Which are what peaks are measured by. Every token is read once, counted and timed, whatever it is."""
     model = generation.load(side, parse())
+    if zeros:
+        model.get_output_embeddings().weight.data.zero_()
     whole, parts, clock = generation.Writer(model), generation.Writer(model), generation.Clock([1, 4, 9])
     whole.write(9, clock)
     read: list[int] = []
