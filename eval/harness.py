@@ -13,17 +13,18 @@ computed, and a document of any length is one document.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -52,7 +53,7 @@ class RwkvLM(HFLM):
         pretrained: folder, Hub id or model, as for `hf`; so are all that are not named here.
         device: a GPU if there is one, else the CPU.
         batch_size: of a forward pass, which has as many tokens as so many of the longest text. "auto" begins with
-            ``max_batch_size``, and halves it whenever memory runs out. On a CPU no more than 2048.
+            ``max_batch_size``, and goes on with less whenever memory runs out. On a CPU no more than 2048.
         softmax_dtype: of log-likelihoods; by default float32, in float64 models float64.
         prefix_token: what stands before every text: "nothing", as the harness has it (an empty context is then the
             token that the tokenizer begins texts with, or ends them with, since something must be read before anything
@@ -84,7 +85,9 @@ class RwkvLM(HFLM):
             raise ValueError(f"prefix_token is {prefix_token}: leave out prefix_token_id and add_bos_token")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, device=device, **kwargs)
-        if hasattr(self, "accelerator"):  # HFLM shares the work among GPUs only
+        if not isinstance(pretrained, str) and several_processes():
+            self.accelerator = Accelerator()
+        if hasattr(self, "accelerator"):  # HFLM shares the work among GPUs only, and none of a model that it is given
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.state_memory = int(state_memory)
         self.rwkv = self._rwkv()
@@ -115,7 +118,7 @@ class RwkvLM(HFLM):
     ) -> list[int]:
         """Ids of a text, after the prefix unless without ``add_special_tokens``."""
         tokens = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
-        if self.prefix and add_special_tokens is not False and not has_bos_prefix(string, self.prefix):
+        if self.prefix and add_special_tokens is not False and tokens[:1] != [self.prefix_token_id]:
             tokens = [self.prefix_token_id, *tokens]
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
@@ -225,6 +228,11 @@ class RwkvLM(HFLM):
                 self.batch_size_per_gpu = "auto"  # type: ignore[assignment]
         written = dict(zip(once, texts, strict=True))
         return [written[key] for key in keys]
+
+
+def several_processes() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _tree(texts: Sequence[Text]) -> tuple[Run, int]:

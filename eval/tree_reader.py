@@ -27,11 +27,12 @@ class States:
     """States of runs, each in a slot; slot 0 holds what every sequence begins with, and is never free."""
 
     def __init__(self, model: RwkvForCausalLM, budget: int, branches: int) -> None:
-        """Of ``budget`` bytes half are for slots, no more than ``branches``, and half for the rows of a batch."""
+        """A third of ``budget`` bytes each is for slots, no more than ``branches``, and for the rows of a batch before
+        and after it."""
         with torch.no_grad():  # one token, for shapes, dtypes and devices of all layers
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             layers = model.base_model(token, use_cache=True).past_key_values.layers
-        fit = budget // 2 // sum(part.nbytes for layer in layers for part in layer)
+        fit = budget // 3 // sum(part.nbytes for layer in layers for part in layer)
         self.most_rows = max(1, fit)
         self.slots = min(fit, branches)
         self.free = list(range(self.slots, 0, -1))
