@@ -82,6 +82,8 @@ def check_answers(task: ConfigurableTask, limit: int | None = None) -> None:
             raise EvalError(
                 f"{path}, row {number} cannot be read as {task.task_name} ({error}): correct it"
             ) from error
+        if choices is not None and "" in choices:
+            raise EvalError(f"{path}, row {number}: choice {choices.index('') + 1} is empty: correct it")
         answer = text if task.multiple_input else target
         if choices is not None and answer not in (range(len(choices)) if isinstance(answer, int) else choices):
             raise EvalError(f"{path}, row {number}: the answer {answer!r} is none of its {len(choices)} choices")

@@ -27,14 +27,17 @@ import datasets
 import lm_eval
 import lm_eval.tasks
 import torch
+from accelerate import Accelerator
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
+from safetensors import SafetensorError
 
 from modeling_rwkv import doctor, generation
-from rwkv_eval.harness import PREFIXES, RwkvLM
+from rwkv_eval.harness import PREFIXES, RwkvLM, several_processes
 from rwkv_eval.local_data import COLUMNS, GROUP, EvalError, check_answers, use_local_data
+from rwkv_kernels.wkv4 import choose_backend
 
 TASKS = Path(__file__).parent / "tasks"
 SAMPLE = Path(__file__).parent / "sample"
@@ -60,8 +63,10 @@ def evaluate(
     prefix_token: str = "nothing",
     cache: str | Path | None = None,
     debug: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """The harness's results, and under `rwkv` what they were measured on and with.
+
+    Several processes of `accelerate launch` share the questions; all but the first return None.
 
     Args:
         model: folder or Hub id of an RWKV-4; None: the model in the box.
@@ -79,8 +84,6 @@ def evaluate(
         GenerateError: the same of the model, its state or the device.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("cache", "debug")}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EvalError("this is one of several processes, which would all do the same: use python -m rwkv_eval there")
     if prefix_token not in PREFIXES:
         raise EvalError(f"prefix_token is {prefix_token!r}: choose one of {', '.join(PREFIXES)}")
     started = time.perf_counter()
@@ -88,10 +91,9 @@ def evaluate(
         manager = index(tasks)
         found, missing = find_tasks(manager, tasks, data, limit, num_fewshot)
         lm = load(model, peft, state, device, dtype, batch_size=batch_size, prefix_token=prefix_token)
-        weights = sha256(lm.rwkv)
-        key = hashlib.sha256(f"{weights} {lm.rwkv.dtype} {prefix_token}".encode()).hexdigest()[:16]
-        answers = None if cache is None else str(Path(cache) / f"answers-{key}")
-        results: dict[str, Any] = lm_eval.simple_evaluate(
+        about = provenance(lm)
+        answers = None if cache is None else str(Path(cache) / f"answers-{_fingerprint(lm, about)}")
+        results: dict[str, Any] | None = lm_eval.simple_evaluate(
             lm,
             tasks=found,
             task_manager=manager,
@@ -104,9 +106,10 @@ def evaluate(
             log_samples=False,
         )
         if answers is not None:
-            Path(f"{answers}_rank0.db").unlink()
-    about = provenance(lm) | {"weights_sha256": weights, "arguments": arguments, "skipped_tasks": missing}
-    results["rwkv"] = about | {"seconds": round(time.perf_counter() - started, 1)}
+            Path(f"{answers}_rank{lm.rank}.db").unlink()
+    if results is not None:
+        seconds = round(time.perf_counter() - started, 1)
+        results["rwkv"] = about | {"arguments": arguments, "skipped_tasks": missing, "seconds": seconds}
     return results
 
 
@@ -139,11 +142,10 @@ def find_tasks(
             raise EvalError(f"{data} has no {name}.jsonl: leave out {name}, or --data")
     try:
         loaded = manager.load(matched)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvalError(
-            f"{', '.join(names)} cannot be loaded ({reason}): check names and network, or give --data"
-        ) from error
+        cure = "check names and network, or give --data" if data is None else f"check names, and the rows in {data}"
+        raise EvalError(f"{', '.join(names)} cannot be loaded ({reason}): {cure}") from error
     for name, task in loaded["tasks"].items():
         _check_size(name, task, limit, num_fewshot or 0)
         if data is not None:
@@ -159,7 +161,7 @@ def load(model: str | None, peft: str | None, state: str | None, device: str, dt
     Raises:
         GenerateError: no such model, device or state; EvalError: no such adapter, or one that does not fit.
     """
-    place = generation.find_device(device)
+    place = Accelerator().device if several_processes() else generation.find_device(device)
     rwkv, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
     if peft is not None:
         rwkv = _adapted(rwkv, peft)
@@ -177,7 +179,7 @@ def table(results: dict[str, Any]) -> str:
 def save(results: dict[str, Any], folder: str | Path) -> Path:
     """Write results as JSON into `folder`, under the model's name and the date; whole or not at all."""
     about = results["rwkv"]
-    path = Path(folder) / f"{Path(about['model']).name}-{about['date'].replace(':', '')}.json"
+    path = Path(folder) / f"{Path(about['model']).resolve().name}-{about['date'].replace(':', '')}.json"
     unfinished = path.with_name(path.name + ".unfinished")
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     unfinished.write_text(text + "\n", encoding="utf-8")
@@ -188,18 +190,18 @@ def save(results: dict[str, Any], folder: str | Path) -> Path:
 def provenance(lm: RwkvLM) -> dict[str, Any]:
     """What was run, and on what, in JSON's types."""
     found, dtype = doctor.examine(), str(lm.rwkv.dtype).removeprefix("torch.")
-    devices = {device["device"].partition(":")[0]: device for device in found["devices"]}
+    names = {device["device"].partition(":")[0]: device["name"] for device in found["devices"]}
     packages = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
     return {
         "model": str(lm.rwkv.name_or_path),
         "parameters": lm.rwkv.num_parameters(),
         "dtype": dtype,
-        "device": devices[lm.device.type]["name"],
-        "wkv": devices[lm.device.type]["wkv"][dtype],
+        "weights_sha256": sha256(lm.rwkv),
+        "device": names.get(lm.device.type, str(lm.device)),
+        "wkv": choose_backend(torch.empty(1, 2, 8, dtype=lm.rwkv.dtype, device=lm.device)),
         "prefix": lm.prefix,
         "versions": found["versions"] | packages,
         "platform": found["platform"],
-        "commit": _commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -211,6 +213,14 @@ def sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _fingerprint(lm: RwkvLM, about: dict[str, Any]) -> str:
+    """Of all that an answer depends on but its question."""
+    adapters = getattr(lm.rwkv, "peft_config", {}).values()
+    parts = [about[key] for key in ("weights_sha256", "dtype", "prefix")]
+    parts += [lm.rwkv.config.to_dict(), lm.tokenizer.get_vocab(), *(adapter.to_dict() for adapter in adapters)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=sorted).encode()).hexdigest()[:16]
 
 
 def _unknown(name: str, manager: TaskManager) -> list[str]:
@@ -234,8 +244,8 @@ def _adapted(model: torch.nn.Module, adapter: str) -> Any:
 
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvalError(f"peft is {adapter}, which is no adapter of this model ({reason}): give another") from error
     if adapted.active_peft_config.is_prompt_learning:
         raise EvalError(f"peft is {adapter}, which learned a prompt and no part of the model: use lm-eval --model hf")
@@ -271,6 +281,7 @@ def _quiet(debug: bool) -> Iterator[None]:
             generation.quiet(debug),
             redirect_stdout(sys.stderr),
             mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),  # read by the harness's bootstrap
+            mock.patch("lm_eval.evaluator.get_git_commit_hash", _commit, create=True),  # its own is of this folder
         ):
             yield
     finally:

@@ -60,12 +60,15 @@ def evaluate(
     """
     if quick and data is not None:
         raise CommandError(f"--quick brings its own data, and --data is {data}: give one of them")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise CommandError(f"--tasks is {tasks!r}: name at least one, such as rwkv_paper")
     library = optional("rwkv_eval.zero_shot", "eval")
     Path(output).mkdir(parents=True, exist_ok=True)
     try:
         results = library.evaluate(
             model,
-            [name.strip() for name in tasks.split(",")],
+            names,
             data=library.SAMPLE if quick else data,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -83,6 +86,8 @@ def evaluate(
     except KeyboardInterrupt:
         typer.echo("\nStopped; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
+    if results is None:  # another process has them all
+        return
     write(library.table(results))
     for task in results["rwkv"]["skipped_tasks"]:
         typer.echo(f"{task} was skipped: {data} has no {task}.jsonl", err=True)

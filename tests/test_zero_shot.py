@@ -209,6 +209,26 @@ def test_an_answer_that_is_no_choice_is_named_with_its_row(task, change, tmp_pat
     assert f"{path}, row 5" in str(refusal.value)
 
 
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("piqa", {"sol2": ""}),
+        ("hellaswag", {"endings": ["a", "", "b", "c"]}),
+        ("record", {"answers": []}),
+        ("winogrande", {"sentence": "There is no gap."}),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_refused(task, change, row, tmp_path):
+    """The first one too, which the harness looks at on its own account."""
+    rows = rows_of(task)
+    rows[row] |= change
+    write_rows(tmp_path, task, rows)
+    with pytest.raises(EvalError, match=r"correct it|check names, and the rows") as refusal:
+        load(tmp_path, task)
+    assert str(tmp_path) in str(refusal.value)
+
+
 def test_hellaswag_may_be_clean_already(group, tmp_path):
     documents = group.get("hellaswag").eval_docs
     write_rows(tmp_path, "hellaswag", [{key: doc[key] for key in ("query", "choices", "gold")} for doc in documents])
@@ -285,6 +305,26 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, results, tmp_path, monk
     assert found["results"] == results["results"]
 
 
+def test_answers_of_another_tokenizer_or_adapter_are_not_taken(folder, tmp_path):
+    def fingerprint(tokenizer: Path, peft: Path | None) -> str:
+        lm = zero_shot.load(str(folder), peft and str(peft), None, "cpu", "float32")
+        lm.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        return zero_shot._fingerprint(lm, zero_shot.provenance(lm))
+
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["key", "value"]))
+    for alpha in (8, 16):
+        tuned.peft_config["default"].lora_alpha = alpha
+        tuned.save_pretrained(tmp_path / f"{alpha}")
+    setups = [
+        (folder, None),
+        (modeling_rwkv.demo_model_path(), None),
+        (folder, tmp_path / "8"),
+        (folder, tmp_path / "16"),
+    ]
+    assert len({fingerprint(*setup) for setup in setups}) == len(setups)
+    assert fingerprint(*setups[2]) == fingerprint(*setups[2])
+
+
 @pytest.mark.parametrize("what", ["peft", "state"])
 def test_an_adapter_and_a_state_count(what, folder, results, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -320,6 +360,7 @@ def test_the_hash_is_of_the_weights_alone(folder, tmp_path):
 
 def test_what_is_saved_says_what_was_run(folder, results, tmp_path):
     path = zero_shot.save(results, tmp_path)
+    assert path.name.startswith("tiny-")
     assert list(tmp_path.iterdir()) == [path]
     saved = json.loads(path.read_text())
     assert saved["results"] == results["results"]
@@ -336,10 +377,11 @@ def rwkv_eval(*arguments: object):
     return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)], prog_name="rwkv")
 
 
-def test_quick_prints_the_table_and_writes_the_rest(tmp_path, monkeypatch):
+def test_quick_prints_the_table_and_writes_the_rest(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     done = rwkv_eval("--quick", "--limit", 4, "--output", "out")
     assert done.exit_code == 0, done.stderr
+    assert "fatal" not in capfd.readouterr().err  # git's, where there is no repository
     (path,) = Path("out").iterdir()
     saved = json.loads(path.read_text())
     assert saved["rwkv"]["model"] == str(modeling_rwkv.demo_model_path()) and str(path) in done.stderr
@@ -352,6 +394,7 @@ def test_quick_prints_the_table_and_writes_the_rest(tmp_path, monkeypatch):
     ("options", "words"),
     [
         (["--tasks", "hellaswg"], ["'hellaswg'", "'hellaswag'"]),
+        (["--tasks", " ,"], ["--tasks is ' ,'", "rwkv_paper"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--data", "."], ["piqa.jsonl"]),
         (["--quick", "--data", "."], ["--quick", "--data"]),
@@ -360,6 +403,7 @@ def test_quick_prints_the_table_and_writes_the_rest(tmp_path, monkeypatch):
         (["--quick", "--num-fewshot", "8"], ["num_fewshot is 8", "piqa", "7 examples"]),
         (["--quick", "--prefix-token", "bos"], ["'bos'", "newline"]),
         (["--quick", "--peft", "nowhere"], ["peft is nowhere"]),
+        (["--quick", "--peft", "damaged"], ["peft is damaged"]),
         (["--quick", "--state", "nowhere"], ["nowhere"]),
         (["--quick", "--device", "gpu"], ["'gpu'"]),
         (["--tasks", "piqa"], ["piqa cannot be loaded", "--data"]),
@@ -370,14 +414,10 @@ def test_quick_prints_the_table_and_writes_the_rest(tmp_path, monkeypatch):
 def test_what_cannot_be_is_one_sentence(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)).save_pretrained("gpt2")
+    LoraConfig(target_modules=["key"]).save_pretrained("damaged")
+    Path("damaged", "adapter_model.safetensors").write_bytes(b"\xff" * 99)
     done = rwkv_eval(*options)
     assert done.exit_code == 2 and done.stdout == "", done.output
     line = done.stderr.splitlines()[-1]
     assert line.startswith("Error: ") and "Traceback" not in done.stderr
     assert all(word in line for word in words), line
-
-
-def test_several_processes_would_all_do_the_same(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EvalError, match="several processes"):
-        evaluate(data=SAMPLE)
