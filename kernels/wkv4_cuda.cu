@@ -92,7 +92,10 @@ struct Strand {
     }
     WKV_INLINE int rank() const { return pieces - 1 - piece; }  // of a piece in the backward pass
     // Whether one exponential a token will do in all channels of the warp.
-    WKV_INLINE bool is_near() const { return __all_sync(0xffffffff, all_of(abs_(u + w) < REACH * LOG2E)); }
+    WKV_INLINE bool is_near() const {
+        const Real ahead = u + w;
+        return __all_sync(0xffffffff, all_of(ahead > LEAST * LOG2E) && all_of(ahead < MOST * LOG2E));
+    }
     WKV_INLINE bool opening() const { return piece == 0; }
     WKV_INLINE bool closing() const { return to == time; }
     WKV_INLINE int tile(int t) const { return begin / TILE + sequence + t / TILE; }

@@ -59,8 +59,9 @@ template <class R> WKV_INLINE Weights<R> weigh(R w, R u, R k, R& p) {
 }
 
 // The same at the cost of one exponential, given lead = e^(u + w), by which a token counts more in its output than in the
-// state after it. For u + w within REACH of 0: a past that then rounds to nothing is less than e^-27 of the output.
-constexpr float REACH = 60;
+// state after it. For LEAST < u + w < MOST: then a past that rounds to nothing is less than e^-47 of the output, and no
+// value is too large for float32 that is less than 1e36.
+constexpr float LEAST = -40, MOST = 4;
 template <class R> WKV_INLINE Weights<R> weigh_near(R w, R lead, R k, R& p) {
     Weights<R> weights;
     p = p + w;

@@ -495,7 +495,7 @@ def test_no_device_has_a_cure(cuda_source):
 def test_a_kernel_runs(dtype, element, cuda_source):
     kernel = loader.cuda_kernel(cuda_source, "fill", torch.device("cuda"), {"ELEMENT": element})
     x = torch.zeros(1000, dtype=dtype, device="cuda")
-    loader.launch(kernel, (2, 2), 256, Arguments(x.data_ptr(), 999))
+    loader.launch(kernel, (4, 1), 256, Arguments(x.data_ptr(), 999))
     assert x.tolist() == [42.0] * 999 + [0.0]
 
 

@@ -80,6 +80,16 @@ def test_half_precision_is_computed_in_float32(shape, processors, channels, fold
 
 
 @processors
+@pytest.mark.parametrize("bonus", [-30.0, 0.0, 30.0])
+def test_values_as_large_as_their_dtype_allows(bonus, processors, folder):
+    x = make(130, channels=37)
+    x["value"], x["time_first"] = torch.full_like(x["value"], 1e36), x["time_first"] + bonus
+    with emulated(folder, processors):
+        output, _ = wkv4.wkv4(**x | {"state": None}, backend="cuda")
+    agree(output, x["value"])
+
+
+@processors
 def test_gradients_share_no_memory(processors, folder):
     """An operator of PyTorch may not return views of one tensor."""
     x = make(100, channels=66)

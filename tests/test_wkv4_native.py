@@ -123,9 +123,10 @@ def test_derivatives_forwards_and_of_functions_are_those_of_autograd(backend):
 
 @native
 @pytest.mark.parametrize("b", [1e-30, 1e-10, 1.0, 1e10, 1e30])
-def test_a_past_of_any_weight_is_weighed_as_it_is(backend, b):
+@pytest.mark.parametrize("time", [2, 130])
+def test_a_past_of_any_weight_is_weighed_as_it_is(backend, b, time):
     """In the output and in the gradients of the state, beside the reference in float64."""
-    x = case(2, backend, batch=1, channels=4)
+    x = case(time, backend, batch=1, channels=4)
     x["state"] = torch.stack([x["value"][:, 0] * b, x["value"][:, 0] * 0 + b, x["key"][:, 0]], dim=1)
     output, end, grads = differentiate(x, runner(backend))
     double = {name: t if t is None else t.double().cpu() for name, t in x.items()}
@@ -148,17 +149,20 @@ def test_the_gradient_of_a_token_fades_with_the_gap_to_the_next_key(backend):
 
 
 @native
-def test_a_value_may_be_as_large_as_its_dtype_allows(backend):
-    x = case(1, backend, batch=1) | {"state": None}
-    x["value"] = torch.full_like(x["value"], 1e37)
+@pytest.mark.parametrize("time", [1, 130])
+@pytest.mark.parametrize("bonus", [-30.0, 0.0, 30.0])
+def test_a_value_may_be_as_large_as_its_dtype_allows(backend, bonus, time):
+    x = case(time, backend, batch=1) | {"state": None}
+    x["value"], x["time_first"] = torch.full_like(x["value"], 1e36), x["time_first"] + bonus
     agree(wkv4.wkv4(**x, backend=backend)[0], x["value"])
 
 
 @native
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_a_state_may_be_scaled_as_far_as_its_dtype_reaches(backend, scale):
+@pytest.mark.parametrize("time", [31, 130])
+def test_a_state_may_be_scaled_as_far_as_its_dtype_reaches(backend, scale, time):
     """And so may its gradient, which is that of the values it stands for."""
-    x = case(31, backend)
+    x = case(time, backend)
     scaled = x["state"].clone()
     scaled[:, :2] *= scale
     scaled[:, 2] -= torch.tensor(scale, dtype=torch.float64).log().float()
