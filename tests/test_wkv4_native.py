@@ -1,6 +1,5 @@
 """Laws of the native WKV-4 alone: memory around its results, cuts in time, what is compiled, what cannot be had."""
 
-import itertools
 import subprocess
 import sys
 import warnings
