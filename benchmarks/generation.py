@@ -210,6 +210,7 @@ def text(report: dict[str, Any]) -> list[str]:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Time and peak memory against tokens."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -220,15 +221,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
         spread = [[of["median"] - of["min"] for of in seconds], [of["max"] - of["median"] for of in seconds]]
         left.errorbar(tokens, middle, spread, marker="o", capsize=3, label=side)
         right.plot(tokens, [report["peak_bytes"][side][n] / 2**20 for n in tokens], marker="o", label=side)
-    left.set(ylabel=f"{settings['clock']} seconds (range)")
+    left.set(ylabel={"wall": "seconds", "cpu": "CPU seconds"}[settings["clock"]] + " (range)")
     right.set(ylabel="peak memory above the model, MiB")
     for axes in (left, right):
         axes.set(xlabel="tokens generated", xlim=(0, None), ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.3)
     left.legend()
     env = report["environment"]
     figure.suptitle(f"{SHAPES[settings['shape']]}, {settings['dtype']}, {env.get('gpu', env['cpu'])}", fontsize=10)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def arguments() -> argparse.Namespace:

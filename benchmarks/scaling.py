@@ -1,6 +1,6 @@
 """Loss against training compute: models of several sizes trained on the same text, and the power law through them.
 
-    # the text once, five sizes: under ten minutes on one core for 3 MB
+    # the text once, five sizes: minutes on one core for 3 MB
     python benchmarks/scaling.py --train_file train.txt --validation_file valid.txt --output_dir runs/scaling \
         --json scaling.json --plot scaling.png
 
