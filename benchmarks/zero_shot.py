@@ -155,13 +155,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes, names = figure.subplots(), list(report["tasks"])
-    for i, (key, label) in enumerate({"tokens": "tokens", "wall": "wall time"}.items()):
+    for i, (key, label) in enumerate({"tokens": "tokens", "wall": "wall time", "cpu": "CPU time"}.items()):
         heights = [report["tasks"][name]["times_ours"][key] for name in names]
-        bars = axes.bar([x + 0.4 * i for x in range(len(names))], heights, 0.38, label=label)
+        bars = axes.bar([x + 0.27 * i for x in range(len(names))], heights, 0.25, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(
-        [x + 0.2 for x in range(len(names))], [name.replace(":", ", shots: ") for name in names], rotation=20
+        [x + 0.27 for x in range(len(names))], [name.replace(":", ", shots: ") for name in names], rotation=20
     )
     axes.set(ylabel="hf / rwkv", title="What lm-evaluation-harness's own model needs, in ours")
     axes.legend()

@@ -47,7 +47,7 @@ class RwkvLM(HFLM):
 
     Log-likelihoods are those of `hf`, in float32 to 1e-4 a request, whatever the batch size and the order. Only where
     the harness would cut do they differ: ``loglikelihood_rolling`` reads a document whole, however long. (Contexts are
-    cut on the left as by `hf`, to ``max_length`` tokens, 2048 unless it is given.)
+    cut on the left as by `hf`, to ``max_length`` tokens, the model's context_length unless it is given.)
 
     Args:
         pretrained: folder, Hub id or model, as for `hf`; so are all that are not named here.
