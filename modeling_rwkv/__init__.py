@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rwkv.cache import RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.modeling_rwkv import RwkvForCausalLM, RwkvModel
+from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 
-__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "demo_model_path"]
+__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "RwkvTokenizer", "demo_model_path"]
 
 
 def demo_model_path() -> Path:
@@ -19,3 +20,4 @@ def demo_model_path() -> Path:
 AutoConfig.register(RwkvConfig.model_type, RwkvConfig, exist_ok=True)
 AutoModel.register(RwkvConfig, RwkvModel, exist_ok=True)
 AutoModelForCausalLM.register(RwkvConfig, RwkvForCausalLM, exist_ok=True)
+AutoTokenizer.register(RwkvConfig, RwkvTokenizer, exist_ok=True)
