@@ -1,23 +1,40 @@
 """The tokenizer that is put beside converted weights."""
 
 import json
+from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from modeling_rwkv.checkpoint_files import CheckpointError, load_json
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 
 
-def tokenizer_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
-    """The files to put beside the weights, by name, so that AutoTokenizer loads a fast tokenizer.
+def tokenizer_files(
+    tokenizer: str | PathLike[str] | None, vocab: str | PathLike[str] | None, config: RwkvConfig
+) -> dict[str, bytes]:
+    """The files to put beside the weights, by name, so that AutoTokenizer loads a fast tokenizer; none if neither.
 
-    A folder's own settings are kept. Otherwise the special token with id 0, with which RWKV-4
-    models end a document, becomes bos, eos and unk, and there is no pad token.
+    Args:
+        tokenizer: a `tokenizer.json`, or a folder with one.
+        vocab: a World model's vocabulary file, or "world" for that of the installed `rwkv` package.
 
     Raises:
-        CheckpointError: no `tokenizer.json`, or one with more tokens than the model's embedding.
+        CheckpointError: both are given, or one that is missing, unreadable or larger than the model's embedding.
+    """
+    if tokenizer is not None and vocab is not None:
+        raise CheckpointError(f"both a tokenizer ({tokenizer}) and a vocabulary ({vocab}) are given; leave one out")
+    if vocab is not None:
+        return _world_files(None if vocab == "world" else Path(vocab), config)
+    return {} if tokenizer is None else _json_files(Path(tokenizer), config)
+
+
+def _json_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
+    """A folder's own settings are kept. Otherwise the special token with id 0, with which RWKV-4
+    models end a document, becomes bos, eos and unk, and there is no pad token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -27,12 +44,7 @@ def tokenizer_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
         tokenizer = Tokenizer.from_buffer(data)
     except ValueError as error:
         raise CheckpointError(f"{file} is not a tokenizer.json ({error}); save it again") from error
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if size > config.vocab_size:
-        raise CheckpointError(
-            f"{file} has {size} tokens but the model's embedding has {config.vocab_size}; "
-            "give the tokenizer that this model was trained with"
-        )
+    _check_size(file, tokenizer, config)
     settings: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.context_length,
@@ -49,7 +61,29 @@ def tokenizer_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
             if (path / name).exists():
                 files[name] = (path / name).read_bytes()
     # A class such as GPTNeoXTokenizer would rebuild its own pre-tokenizer and add a pad token.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if settings.get("tokenizer_class") != RwkvTokenizer.__name__:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.pop("auto_map", None)
     files["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
     return files
+
+
+def _world_files(vocab: Path | None, config: RwkvConfig) -> dict[str, bytes]:
+    if vocab is not None and not vocab.is_file():
+        raise CheckpointError(f"{vocab} does not exist; give a vocabulary file, or world for that of the rwkv package")
+    try:
+        tokenizer = RwkvTokenizer(vocab, model_max_length=config.context_length)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    _check_size(vocab or "the World vocabulary", tokenizer.backend_tokenizer, config)
+    with TemporaryDirectory() as folder:
+        return {Path(file).name: Path(file).read_bytes() for file in tokenizer.save_pretrained(folder)}
+
+
+def _check_size(source: Path | str, tokenizer: Tokenizer, config: RwkvConfig) -> None:
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"{source} has {size} tokens but the model's embedding has {config.vocab_size}; "
+            "give the tokenizer that this model was trained with"
+        )

@@ -101,6 +101,7 @@ def convert(
     destination: str | PathLike[str],
     *,
     tokenizer: str | PathLike[str] | None = None,
+    vocab: str | PathLike[str] | None = None,
     context_length: int = 1024,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -117,13 +118,14 @@ def convert(
     if not source.exists():
         raise CheckpointError(f"{source} does not exist; check the path")
     if source.is_dir():
-        if tokenizer is not None:
+        if tokenizer is not None or vocab is not None:
             raise CheckpointError("a .pth file cannot hold a tokenizer; leave the tokenizer out")
         return folder_to_pth(source, destination, dtype=dtype, progress=progress)
     return pth_to_folder(
         source,
         destination,
         tokenizer=tokenizer,
+        vocab=vocab,
         context_length=context_length,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -136,6 +138,7 @@ def pth_to_folder(
     destination: str | PathLike[str],
     *,
     tokenizer: str | PathLike[str] | None = None,
+    vocab: str | PathLike[str] | None = None,
     context_length: int = 1024,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -147,6 +150,7 @@ def pth_to_folder(
         source: file of `torch.save`; tensors of float64, float32, float16 or bfloat16, even mixed.
         destination: folder that does not exist yet, or is empty.
         tokenizer: a `tokenizer.json`, or a folder with one, to put beside the weights.
+        vocab: instead, the vocabulary file of a World model; "world" is the one inside the installed `rwkv` package.
         context_length: for the configuration, since a `.pth` file does not hold it.
         dtype: name of the type to cast every tensor to; None keeps each tensor as it is.
         max_shard_size: bytes, or a text such as "5GB".
@@ -169,7 +173,7 @@ def pth_to_folder(
     nbytes = _bytes_by_dtype(tensors, kind)
     settings: dict[str, Any] = {**sizes, "context_length": context_length}
     config = RwkvConfig(**settings, architectures=["RwkvForCausalLM"], dtype=next(iter(nbytes)))
-    extra = {} if tokenizer is None else tokenizer_files(Path(tokenizer), config)
+    extra = tokenizer_files(tokenizer, vocab, config)
 
     needed = sum(nbytes.values())
     with staged(destination, needed) as folder, _bar(source, 2 * needed, progress) as bar:

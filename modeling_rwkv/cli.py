@@ -204,6 +204,12 @@ def convert(
         str | None,
         typer.Option(help="tokenizer.json, or a folder with one, to put beside the weights."),
     ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, the vocabulary file of a World model; world is that of the rwkv package, if installed."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Cast to float32, bfloat16, ... [default: every tensor as it is]"),
@@ -222,6 +228,7 @@ def convert(
     \b
     Examples:
       rwkv convert RWKV-4-Pile-169M.pth my-model/ --tokenizer tokenizer.json
+      rwkv convert RWKV-4-World-0.4B.pth my-model/ --vocab rwkv_vocab_v20230424.txt
       rwkv convert my-model/ my-model.pth --dtype bfloat16
     """
     from modeling_rwkv import checkpoints
@@ -231,6 +238,7 @@ def convert(
             source,
             destination,
             tokenizer=tokenizer,
+            vocab=vocab,
             context_length=context_length,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -244,7 +252,9 @@ def convert(
     for file in (*report.files, *filter(None, [report.tokenizer])):
         write(f"wrote {file}\n")
     if report.destination.is_dir() and report.tokenizer is None:
-        typer.echo("No tokenizer is beside the weights, and to generate needs one: see --tokenizer.", err=True)
+        typer.echo(
+            "No tokenizer is beside the weights, and to generate needs one: see --tokenizer and --vocab.", err=True
+        )
 
 
 @app.command()

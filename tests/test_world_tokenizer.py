@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import SMALL, blink_state, save
+from commands import random_model, refused, rwkv, write_on  # noqa: F401 - fixtures
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -226,6 +228,60 @@ def test_broken_characters_do_not_take_the_rest_with_them(world):
         stream.put(torch.tensor([i]))
     stream.end()
     assert "".join(pieces) == "a \ufffdfox \ufffd!"
+
+
+# -- beside converted weights ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_vocab(tmp_path_factory):
+    """Every byte, and three words."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"fox", b" the", "天".encode()]
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, start=1)))
+    return path
+
+
+def world_weights(path, vocab_size):
+    return save(path / "world.pth", blink_state(SMALL._replace(vocab=vocab_size)))
+
+
+@pytest.mark.parametrize("more", [0, 7])
+def test_a_converted_world_model_generates(tmp_path, small_vocab, more):
+    done = rwkv("convert", world_weights(tmp_path, 260 + more), tmp_path / "out", "--vocab", small_vocab)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert str(tmp_path / "out/tokenizer.json") in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(tokenizer) is RwkvTokenizer and tokenizer.model_max_length == 1024
+    assert tokenizer("fox the 天").input_ids == [257, 258, 33, 259]
+    assert write_on(tmp_path / "out", "--seed", 1, prompt="fox the 天").stdout.startswith("fox the 天")
+
+    rwkv("convert", tmp_path / "out", tmp_path / "again.pth")
+    again = rwkv("convert", tmp_path / "again.pth", tmp_path / "again", "--tokenizer", tmp_path / "out")
+    assert again.exit_code == 0
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "again")) is RwkvTokenizer
+
+
+def test_the_vocabulary_of_the_installed_package(tmp_path, world):
+    assert rwkv("convert", world_weights(tmp_path, 65536), tmp_path / "out", "--vocab", "world").exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(TEXTS["emoji"]).input_ids == world(TEXTS["emoji"]).input_ids
+
+
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path, small_vocab, monkeypatch):
+    weights, out = world_weights(tmp_path, 259), tmp_path / "out"
+    convert = ("convert", weights, out, "--vocab")
+    refused(rwkv(*convert, small_vocab), small_vocab, "260 tokens", "259")
+    refused(rwkv(*convert, tmp_path / "none.txt"), tmp_path / "none.txt", "does not exist")
+    refused(rwkv(*convert, weights), weights, "line 1 ")
+    refused(rwkv(*convert, small_vocab, "--tokenizer", out), small_vocab, "leave one out")
+    monkeypatch.setattr("modeling_rwkv.tokenization_rwkv.WORLD_VOCAB", "none.txt")
+    refused(rwkv(*convert, "world"), "pip install rwkv")
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_a_pth_file_holds_no_vocabulary(tmp_path, folder, small_vocab):
+    refused(rwkv("convert", folder, tmp_path / "out.pth", "--vocab", small_vocab), "cannot hold a tokenizer")
 
 
 # -- what is refused -------------------------------------------------------------------------------
