@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoXTokenizer
 
 from modeling_rwkv.cache import RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
@@ -20,4 +20,5 @@ def demo_model_path() -> Path:
 AutoConfig.register(RwkvConfig.model_type, RwkvConfig, exist_ok=True)
 AutoModel.register(RwkvConfig, RwkvModel, exist_ok=True)
 AutoModelForCausalLM.register(RwkvConfig, RwkvForCausalLM, exist_ok=True)
-AutoTokenizer.register(RwkvConfig, RwkvTokenizer, exist_ok=True)
+# RwkvTokenizer by its name; a folder that names none is a Pile model's, as transformers has it.
+AutoTokenizer.register(RwkvConfig, GPTNeoXTokenizer, fast_tokenizer_class=RwkvTokenizer, exist_ok=True)

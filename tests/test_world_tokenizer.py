@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import SMALL, blink_state, save
+from checkpoint_cases import SMALL, blink_state, make_tokenizer, save
 from commands import random_model, refused, rwkv, write_on  # noqa: F401 - fixtures
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPTNeoXTokenizer
 
-from modeling_rwkv import RwkvTokenizer
+from modeling_rwkv import RwkvConfig, RwkvTokenizer
 from modeling_rwkv.generation import TextPieces
 from modeling_rwkv.tokenization_rwkv import END_OF_TEXT, installed_vocab, read_vocab
 
@@ -70,6 +70,15 @@ def saved(world, tmp_path_factory):
 def loaded(saved):
     """One that a test may change."""
     return AutoTokenizer.from_pretrained(saved)
+
+
+@pytest.fixture(scope="module")
+def small_vocab(tmp_path_factory):
+    """Every byte, and three words."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"fox", b" the", "天".encode()]
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, start=1)))
+    return path
 
 
 # -- the same as the reference ---------------------------------------------------------------------
@@ -182,6 +191,21 @@ def test_zero_ends_texts_and_pads(world, reference):
     assert plain == reference.encode(END_OF_TEXT) == world.encode_bytes(END_OF_TEXT.encode())
 
 
+def test_other_ends_of_text_and_padding(small_vocab):
+    """Id 0 is a special token all the same."""
+    tokenizer = RwkvTokenizer(small_vocab, eos_token="<end>", pad_token="<pad>", bos_token=None)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (260, 261, None)
+    assert tokenizer(f"fox{END_OF_TEXT}<end>").input_ids == [257, 0, 260]
+    assert tokenizer.decode([257, 0, 260], skip_special_tokens=True) == "fox"
+
+
+def test_a_folder_that_names_no_tokenizer_is_read_as_before(tmp_path):
+    RwkvConfig(hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    make_tokenizer(270).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is GPTNeoXTokenizer and tokenizer.eos_token_id == 0
+
+
 def test_a_beginning_of_text_if_asked_for(saved, tmp_path, reference):
     tokenizer = RwkvTokenizer.from_pretrained(saved, add_bos_token=True)
     tokenizer.save_pretrained(tmp_path)
@@ -231,15 +255,6 @@ def test_broken_characters_do_not_take_the_rest_with_them(world):
 
 
 # -- beside converted weights ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small_vocab(tmp_path_factory):
-    """Every byte, and three words."""
-    tokens = [*(bytes([byte]) for byte in range(256)), b"fox", b" the", "天".encode()]
-    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, start=1)))
-    return path
 
 
 def world_weights(path, vocab_size):
