@@ -206,9 +206,7 @@ def convert(
     ] = None,
     vocab: Annotated[
         str | None,
-        typer.Option(
-            help="Instead, the vocabulary file of a World model; world is that of the rwkv package, if installed."
-        ),
+        typer.Option(help="Or the vocabulary file of a World model; world is that of the installed rwkv package."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -228,7 +226,7 @@ def convert(
     \b
     Examples:
       rwkv convert RWKV-4-Pile-169M.pth my-model/ --tokenizer tokenizer.json
-      rwkv convert RWKV-4-World-0.4B.pth my-model/ --vocab rwkv_vocab_v20230424.txt
+      rwkv convert RWKV-4-World-0.4B.pth my-model/ --vocab world
       rwkv convert my-model/ my-model.pth --dtype bfloat16
     """
     from modeling_rwkv import checkpoints
