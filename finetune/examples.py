@@ -2,8 +2,8 @@ r"""Rows of instruction sets, chats and texts as tokens, of which the answers ar
 
 | columns                      | read as                                           | learned                |
 |------------------------------|---------------------------------------------------|------------------------|
-| messages                     | the tokenizer's chat template; without one        | turns of the assistant |
-|                              | `User: ...\n\nAssistant: ...`                     |                        |
+| messages                     | the tokenizer's chat template; without one, that  | turns of the assistant |
+|                              | of the World models: `User: ...`, `Assistant: ..` |                        |
 | prompt, completion           | one after the other, nothing between              | completion             |
 | instruction, [input,] output | `Instruction: ...\n\nInput: ...\n\nResponse: ...` | output                 |
 | text                         | as it is                                          | everything             |
@@ -18,11 +18,13 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.sources import Source
 
@@ -34,7 +36,6 @@ FORMATS = {  # name: columns, in the order in which they are looked for; "?" may
     "instruction": ("instruction", "input?", "output"),
     "text": ("text",),
 }
-ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 Segment = tuple[str, bool]  # text, and whether it is learned
 Row = dict[str, Any]
 
@@ -54,7 +55,7 @@ class Format:
         """
         if self.name == "chat":
             messages = _messages(row[self.columns["messages"]], self.columns["messages"])
-            return _templated(messages, tokenizer) if tokenizer.chat_template else _plain_chat(messages)
+            return _templated(messages, tokenizer)
         parts = {part: _text(row.get(column), column, part) for part, column in self.columns.items()}
         if self.name == "prompt and completion":
             return [(parts["prompt"], False), (parts["completion"], True)]
@@ -122,33 +123,20 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
     return value
 
 
-def _plain_chat(messages: list[dict[str, str]]) -> list[Segment]:
-    segments: list[Segment] = []
-    prompt = ""
-    for message in messages:
-        if message["role"] not in ROLES:
-            raise Refusal(f"expected one of the roles {', '.join(ROLES)}, there is {_shown(message['role'])}")
-        prompt += f"\n\n{ROLES[message['role']]}:"
-        if message["role"] == "assistant":
-            segments += [(prompt if segments else prompt.lstrip(), False), (f" {message['content']}", True)]
-            prompt = ""
-        else:
-            prompt += f" {message['content']}"
-    return segments
-
-
 def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Each answer is what the template adds to the conversation before it and to its own beginning of a turn."""
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    if not tokenizer.chat_template:
+        render = partial(render, chat_template=CHAT_TEMPLATES["world"].text)
     segments: list[Segment] = []
     done = ""
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn == 0:  # a greeting answers nothing
             continue
         try:
-            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+            before, after = render(messages[:turn], add_generation_prompt=True), render(messages[: turn + 1])
         except TemplateError as error:
-            raise Refusal(f"the tokenizer's chat template refuses the messages: {error}") from error
+            raise Refusal(f"the chat template refuses the messages: {error}") from error
         if not before.startswith(done) or not after.startswith(before):
             raise Refusal(
                 "the tokenizer's chat template changes earlier turns when later ones come, so that answers cannot be "

@@ -146,10 +146,14 @@ CHAT = [
             {"messages": CHAT, "prompt": "the", "completion": "cat"},
             [
                 ("System: the king\n\nUser: a cat\n\nAssistant:", False),
-                (" sat <|endoftext|>", True),
-                ("\n\nUser: one day\n\nAssistant:", False),
-                (" ran", True),
+                (" sat <|endoftext|>\n\n", True),
+                ("User: one day\n\nAssistant:", False),
+                (" ran\n\n", True),
             ],
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "the"}, *CHAT[1:3]]},
+            [("Assistant: the\n\nUser: a cat\n\nAssistant:", False), (" sat <|endoftext|>\n\n", True)],
         ),
     ],
 )
