@@ -53,7 +53,7 @@ def test_a_conversion_of_nothing(folder, tmp_path):
 def test_no_space_left(folder, tmp_path, monkeypatch, place):
     """Said by the library, or by a system call that the library did not foresee."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    target = "save_torch_file" if place == "while writing" else "_match"
+    target = "save_torch_file" if place == "while writing" else "match_tensors"
     monkeypatch.setattr(checkpoints, target, raiser(error))
     line = refused(rwkv("convert", folder, tmp_path / "model.pth"), "space")
     assert "free some space" in line
