@@ -1,4 +1,4 @@
-"""The tokenizer that is put beside converted weights."""
+"""The tokenizer and the chat template that are put beside converted weights."""
 
 import json
 from os import PathLike
@@ -8,31 +8,59 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from modeling_rwkv.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from modeling_rwkv.checkpoint_files import CheckpointError, load_json
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 
+CHAT_FILE = "chat_template.jinja"
+
+
+def find_chat_template(
+    name: str | None, tokenizer: str | PathLike[str] | None, vocab: str | PathLike[str] | None
+) -> ChatTemplate | None:
+    """The chat template that is asked for: a name in CHAT_TEMPLATES, "none", or (None) World's for a `vocab`.
+
+    Raises:
+        CheckpointError: no such template, or no tokenizer to put it beside.
+    """
+    if name not in (None, "none", *CHAT_TEMPLATES):
+        raise CheckpointError(f"chat is {name!r}; choose {', '.join(CHAT_TEMPLATES)} or none")
+    if name is not None and tokenizer is None and vocab is None:
+        raise CheckpointError(f"chat is {name!r}, but a chat template belongs to a tokenizer; give that too")
+    if name is None and vocab is not None:
+        name = "world"
+    return None if name is None else CHAT_TEMPLATES.get(name)
+
 
 def tokenizer_files(
-    tokenizer: str | PathLike[str] | None, vocab: str | PathLike[str] | None, config: RwkvConfig
+    tokenizer: str | PathLike[str] | None,
+    vocab: str | PathLike[str] | None,
+    chat: str | None,
+    config: RwkvConfig,
 ) -> dict[str, bytes]:
     """The files to put beside the weights, by name, so that AutoTokenizer loads a fast tokenizer; none if neither.
 
     Args:
         tokenizer: a `tokenizer.json`, or a folder with one.
         vocab: a World model's vocabulary file, or "world" for that of the installed `rwkv` package.
+        chat: name of a chat template, see `find_chat_template`; None keeps that of a folder.
 
     Raises:
-        CheckpointError: both are given, or one that is missing, unreadable or larger than the model's embedding.
+        CheckpointError: both tokenizers are given, or one that is missing, unreadable or larger than the model's
+            embedding; a chat template that there is not.
     """
+    template = find_chat_template(chat, tokenizer, vocab)
     if tokenizer is not None and vocab is not None:
         raise CheckpointError(f"both a tokenizer ({tokenizer}) and a vocabulary ({vocab}) are given; leave one out")
     if vocab is not None:
-        return _world_files(None if vocab == "world" else Path(vocab), config)
-    return {} if tokenizer is None else _json_files(Path(tokenizer), config)
+        files = _world_files(None if vocab == "world" else Path(vocab), config)
+    else:
+        files = {} if tokenizer is None else _json_files(Path(tokenizer), config, keep_chat=chat is None)
+    return files if template is None else files | {CHAT_FILE: template.text.encode()}
 
 
-def _json_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
+def _json_files(path: Path, config: RwkvConfig, keep_chat: bool) -> dict[str, bytes]:
     """A folder's own settings are kept. Otherwise the special token with id 0, with which RWKV-4
     models end a document, becomes bos, eos and unk, and there is no pad token.
     """
@@ -57,7 +85,9 @@ def _json_files(path: Path, config: RwkvConfig) -> dict[str, bytes]:
     if path.is_dir():
         if (path / "tokenizer_config.json").exists():
             settings.update(load_json(path / "tokenizer_config.json"))
-        for name in ("special_tokens_map.json", "chat_template.jinja"):
+        if not keep_chat:
+            settings.pop("chat_template", None)  # where older versions of transformers put it
+        for name in ("special_tokens_map.json", *[CHAT_FILE] * keep_chat):
             if (path / name).exists():
                 files[name] = (path / name).read_bytes()
     # A class such as GPTNeoXTokenizer would rebuild its own pre-tokenizer and add a pad token.

@@ -28,7 +28,7 @@ from modeling_rwkv.checkpoint_files import (
     verify,
 )
 from modeling_rwkv.checkpoint_names import check_is_rwkv4_weights, match_tensors
-from modeling_rwkv.checkpoint_tokenizer import tokenizer_files
+from modeling_rwkv.checkpoint_tokenizer import find_chat_template, tokenizer_files
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 
 __all__ = ["CheckpointError", "ConversionReport", "convert", "folder_to_pth", "pth_to_folder"]
@@ -55,6 +55,7 @@ def convert(
     *,
     tokenizer: str | PathLike[str] | None = None,
     vocab: str | PathLike[str] | None = None,
+    chat: str | None = None,
     context_length: int = 1024,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -71,14 +72,15 @@ def convert(
     if not source.exists():
         raise CheckpointError(f"{source} does not exist; check the path")
     if source.is_dir():
-        if tokenizer is not None or vocab is not None:
-            raise CheckpointError("a .pth file cannot hold a tokenizer; leave the tokenizer out")
+        if tokenizer is not None or vocab is not None or chat is not None:
+            raise CheckpointError("a .pth file cannot hold a tokenizer; leave it and its chat template out")
         return folder_to_pth(source, destination, dtype=dtype, progress=progress)
     return pth_to_folder(
         source,
         destination,
         tokenizer=tokenizer,
         vocab=vocab,
+        chat=chat,
         context_length=context_length,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -92,6 +94,7 @@ def pth_to_folder(
     *,
     tokenizer: str | PathLike[str] | None = None,
     vocab: str | PathLike[str] | None = None,
+    chat: str | None = None,
     context_length: int = 1024,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -104,6 +107,8 @@ def pth_to_folder(
         destination: folder that does not exist yet, or is empty.
         tokenizer: a `tokenizer.json`, or a folder with one, to put beside the weights.
         vocab: instead, the vocabulary file of a World model; "world" is the one inside the installed `rwkv` package.
+        chat: the chat template to put there: "world", "raven", "instruct" or "none"; generation then stops where it
+            says. None means World's with `vocab`, and what a folder of `tokenizer` has.
         context_length: for the configuration, since a `.pth` file does not hold it.
         dtype: name of the type to cast every tensor to; None keeps each tensor as it is.
         max_shard_size: bytes, or a text such as "5GB".
@@ -126,13 +131,16 @@ def pth_to_folder(
     nbytes = _bytes_by_dtype(tensors, kind)
     settings: dict[str, Any] = {**sizes, "context_length": context_length}
     config = RwkvConfig(**settings, architectures=["RwkvForCausalLM"], dtype=next(iter(nbytes)))
-    extra = tokenizer_files(tokenizer, vocab, config)
+    extra = tokenizer_files(tokenizer, vocab, chat, config)
+    generation = GenerationConfig.from_model_config(config)
+    if template := find_chat_template(chat, tokenizer, vocab):
+        generation.stop_strings = list(template.stop_strings)
 
     needed = sum(nbytes.values())
     with staged(destination, needed) as folder, _bar(source, 2 * needed, progress) as bar:
         folder.mkdir()
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation.save_pretrained(folder)
         for file, data in extra.items():
             (folder / file).write_bytes(data)
         shards = save_model_folder(folder, tensors, kind, max_shard_size, bar)

@@ -208,6 +208,13 @@ def convert(
         str | None,
         typer.Option(help="Or the vocabulary file of a World model; world is that of the installed rwkv package."),
     ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template, where generation then stops, too: world, raven, instruct or none. "
+            "[default: world with --vocab]"
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Cast to float32, bfloat16, ... [default: every tensor as it is]"),
@@ -227,6 +234,7 @@ def convert(
     Examples:
       rwkv convert RWKV-4-Pile-169M.pth my-model/ --tokenizer tokenizer.json
       rwkv convert RWKV-4-World-0.4B.pth my-model/ --vocab world
+      rwkv convert RWKV-4-Raven-1B5.pth my-model/ --tokenizer tokenizer.json --chat raven
       rwkv convert my-model/ my-model.pth --dtype bfloat16
     """
     from modeling_rwkv import checkpoints
@@ -237,6 +245,7 @@ def convert(
             destination,
             tokenizer=tokenizer,
             vocab=vocab,
+            chat=chat,
             context_length=context_length,
             dtype=dtype,
             max_shard_size=max_shard_size,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,6 +24,7 @@ from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
 from modeling_rwkv.initialization import init_channel_mix, init_linear, init_time_mix, linear
 from modeling_rwkv.loss import chunked_loss
 from modeling_rwkv.packing import IGNORED, Layout, arrange
+from modeling_rwkv.stopping import RwkvGenerationMixin
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
@@ -267,7 +268,7 @@ class RwkvModel(RwkvPreTrainedModel):
         return cache
 
 
-class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+class RwkvForCausalLM(RwkvPreTrainedModel, RwkvGenerationMixin):
     """RWKV with a language modelling head."""
 
     _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}
