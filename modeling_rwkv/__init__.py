@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from modeling_rwkv.cache import RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.modeling_rwkv import RwkvForCausalLM, RwkvModel
+from modeling_rwkv.sharing import share
 from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 
-__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "RwkvTokenizer", "demo_model_path"]
+__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "RwkvTokenizer", "demo_model_path", "share"]
 
 
 def demo_model_path() -> Path:

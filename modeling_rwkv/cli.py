@@ -46,7 +46,7 @@ def rwkv(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """RWKV-4 language models: write text, train, evaluate, convert checkpoints, check the installation.
+    """RWKV-4 language models: write text, train, evaluate, convert and share checkpoints, check the installation.
 
     \b
     Examples:
@@ -193,7 +193,7 @@ def generate(
         typer.echo(speed + again, err=True)
 
 
-# -- convert and doctor ---------------------------------------------------------------------------
+# -- convert, share and doctor ---------------------------------------------------------------------
 
 
 @app.command()
@@ -234,7 +234,7 @@ def convert(
     Examples:
       rwkv convert RWKV-4-Pile-169M.pth my-model/ --tokenizer tokenizer.json
       rwkv convert RWKV-4-World-0.4B.pth my-model/ --vocab world
-      rwkv convert RWKV-4-Raven-1B5.pth my-model/ --tokenizer tokenizer.json --chat raven
+      rwkv convert Raven-1B5.pth my-model/ --tokenizer tokenizer.json --chat raven
       rwkv convert my-model/ my-model.pth --dtype bfloat16
     """
     from modeling_rwkv import checkpoints
@@ -262,6 +262,31 @@ def convert(
         typer.echo(
             "No tokenizer is beside the weights, and to generate needs one: see --tokenizer and --vocab.", err=True
         )
+
+
+@app.command()
+def share(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A model's folder.")],
+    debug: Debug = False,
+) -> None:
+    """Prepare a model's folder for everybody.
+
+    Puts there what programs need that do not know this package: with trust_remote_code=True they use it, or say how
+    to install it. And a README.md that describes the model; one that is there only gets what its head lacks.
+
+    \b
+    Examples:
+      rwkv share my-model/
+      hf upload my-name/my-model my-model/
+    """
+    from modeling_rwkv import sharing
+
+    try:
+        written = sharing.share(folder)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    for file in written:
+        write(f"wrote {file}\n")
 
 
 @app.command()

@@ -1,8 +1,12 @@
 """Configuration of RWKV-4, in the field names of the checkpoints on the Hugging Face Hub."""
 
-from typing import Any
+import copy
+import os
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
+
+from modeling_rwkv.sharing import CONFIG_FIELDS, copy_hub_file, is_shared
 
 
 class RwkvConfig(PretrainedConfig):
@@ -30,6 +34,7 @@ class RwkvConfig(PretrainedConfig):
     model_type = "rwkv"
     attribute_map = {"max_position_embeddings": "context_length"}
     keys_to_ignore_at_inference = ["past_key_values"]
+    _registered: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,3 +82,20 @@ class RwkvConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Save what programs need that do not know this package with every model from now on, see sharing.py.
+
+        The way of transformers, which would copy source files of this package.
+        """
+        cls._registered = True
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        if self._registered or is_shared(getattr(self, "auto_map", None)):
+            for name, value in copy.deepcopy(CONFIG_FIELDS).items():
+                setattr(self, name, value)
+            copy_hub_file(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

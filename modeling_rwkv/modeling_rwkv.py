@@ -124,6 +124,10 @@ class RwkvPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["time_decay", "time_first", "initial_state"]
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        cls.config_class.register_for_auto_class()
+
     def set_initial_state(self, state: RwkvCache | str | os.PathLike | None) -> None:
         """Begin every sequence with ``state`` of one row, the file of one that :meth:`RwkvCache.save` wrote, or empty.
 

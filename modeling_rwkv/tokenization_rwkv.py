@@ -10,6 +10,7 @@ written here. And this way a saved `tokenizer.json` works without this package, 
 """
 
 import ast
+import copy
 import importlib.util
 from collections import defaultdict
 from os import PathLike
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from modeling_rwkv.sharing import TOKENIZER_FIELDS, copy_hub_file, is_shared
 
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"  # as others who publish World models call it
 WORLD_VOCAB = "rwkv_vocab_v20230424.txt"
@@ -46,6 +49,7 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "vocab_file": WORLD_VOCAB}
     model_input_names = ["input_ids", "attention_mask"]
+    _registered = False
 
     def __init__(self, vocab_file: str | PathLike[str] | None = None, **kwargs: Any) -> None:
         if kwargs.get("tokenizer_file") is None and kwargs.get("tokenizer_object") is None:
@@ -59,6 +63,17 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """A tokenizer.json is loaded as it is; transformers would take it apart for `__init__` to build again."""
         return kwargs
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Save what programs need that do not know this package with every tokenizer from now on, see sharing.py."""
+        cls._registered = True
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        if self._registered or is_shared(self.init_kwargs.get("auto_map")):
+            self.init_kwargs |= copy.deepcopy(TOKENIZER_FIELDS)
+            copy_hub_file(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that need not be UTF-8. Nothing is added, and no special or added token is looked for."""
