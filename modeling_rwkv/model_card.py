@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig
+from yaml import YAMLError
 
+from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.modeling_rwkv import RwkvForCausalLM
 from modeling_rwkv.sharing import is_shared
@@ -26,11 +28,17 @@ def write_model_card(folder: str | os.PathLike[str]) -> list[Path]:
 
     The text of a card that is there is never touched. The licence is for the author to state.
     Returns the README.md if it was written or changed.
+
+    Raises:
+        ValueError: the head of the card that is there is not YAML.
     """
     folder = Path(folder).resolve()
     path = folder / "README.md"
     is_new = not path.exists()
-    card = ModelCard(f"{HEAD}\n\n{_text(folder)}") if is_new else ModelCard.load(path)
+    try:
+        card = ModelCard(f"{HEAD}\n\n{_text(folder)}") if is_new else ModelCard.load(path)
+    except YAMLError as error:
+        raise ValueError(f"the head of {path} is not YAML ({error}); mend it, or remove the file") from error
     data: Any = card.data
     before = data.to_dict()
     data.library_name = data.library_name or "transformers"
@@ -86,11 +94,15 @@ print(generate("Once upon a time", max_new_tokens=50)[0]["generated_text"])
 
 
 def _chat(folder: Path) -> str:
-    text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        CONVERSATION, tokenize=False, add_generation_prompt=True
-    )
-    said = f"## Chat\n\nThe chat template writes a conversation so:\n\n```\n{text}\n```"
-    stops = (
-        GenerationConfig.from_pretrained(folder).stop_strings if (folder / "generation_config.json").exists() else []
-    )
-    return said + (f"\n\nGeneration stops at {' and '.join(f'`{stop!r}`' for stop in stops)}." if stops else "")
+    said = "## Chat\n\n`pipeline` takes lists of messages, too: there is a chat template."
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if template in {known.text for known in CHAT_TEMPLATES.values()}:  # another might refuse these messages
+        text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            CONVERSATION, tokenize=False, add_generation_prompt=True
+        )
+        said += f" It writes a conversation so:\n\n```\n{text}\n```"
+    path = folder / "generation_config.json"
+    stop_strings = GenerationConfig.from_pretrained(folder).stop_strings if path.exists() else None
+    if stop_strings:
+        said += f"\n\nGeneration stops at {' and '.join(f'`{stop!r}`' for stop in stop_strings)}."
+    return said

@@ -255,6 +255,22 @@ def test_the_card_of_a_person_is_completed(head, folder):
         assert card.data.tags == ["fox", "rwkv"]
 
 
+def test_a_card_that_cannot_be_read(folder):
+    (folder / "README.md").write_text("---\n[\n---\ntext")
+    refused(rwkv("share", folder), folder / "README.md", "not YAML")
+    assert (folder / "README.md").read_text() == "---\n[\n---\ntext"
+
+
+def test_a_template_of_others(saved, tmp_path):
+    """It might refuse our example."""
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    tokenizer.save_pretrained(tmp_path)
+    RwkvConfig.from_pretrained(saved).save_pretrained(tmp_path)
+    share(tmp_path)
+    assert "there is a chat template" in (tmp_path / "README.md").read_text()
+
+
 def test_a_model_of_a_pile_tokenizer(tmp_path):
     """The model in the box: it has no chat template, and its tokenizer needs nothing."""
     for file in modeling_rwkv.demo_model_path().glob("*.json"):
