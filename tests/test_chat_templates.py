@@ -98,7 +98,7 @@ def test_a_message_ends_at_the_first_blank_line(render, role, content):
         assert text == f"# Response:\n{content.replace(chr(13), '').strip()}\n\n"
     else:
         text = text.removeprefix("# Instruction:\n") if render.name == "instruct" else text
-        assert text.index("\n\n") == len(text) - 2
+        assert text.index("\n\n") == len(text) - 2 and text == f"{text.strip()}\n\n"
         assert text.strip().endswith(cleaned(content))
 
 
