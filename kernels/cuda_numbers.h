@@ -98,9 +98,46 @@ typedef Element Packed;
 #else
 typedef unsigned int Packed;
 WKV_INLINE Real widen(Packed x) { return {widen(Element(x)), widen(Element(x >> 16))}; }
+#if ELEMENT == 1
+WKV_INLINE Packed narrow(Real x) {
+    Packed y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(x.y), "f"(x.x));
+    return y;
+}
+#else
 WKV_INLINE Packed narrow(Real x) { return narrow(x.x) | Packed(narrow(x.y)) << 16; }
 #endif
 #endif
+#endif
+
+// Of each channel; NaN if one is.
+#if ELEMENT == 1
+#define WKV_TYPE "bf16"
+#else
+#define WKV_TYPE "f16"
+#endif
+WKV_INLINE Packed larger(Packed x, Packed y) {
+    Packed z;
+#if ELEMENT == 0
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+#elif CHANNELS == 1
+    asm("max.NaN." WKV_TYPE " %0, %1, %2;" : "=h"(z) : "h"(x), "h"(y));
+#else
+    asm("max.NaN." WKV_TYPE "x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+#endif
+    return z;
+}
+WKV_INLINE Packed smaller(Packed x, Packed y) {
+    Packed z;
+#if ELEMENT == 0
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+#elif CHANNELS == 1
+    asm("min.NaN." WKV_TYPE " %0, %1, %2;" : "=h"(z) : "h"(x), "h"(y));
+#else
+    asm("min.NaN." WKV_TYPE "x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+#endif
+    return z;
+}
 
 // What was computed from x before is computed anew after this, instead of taking registers in between.
 WKV_INLINE void forget(Packed& x) {
@@ -118,6 +155,11 @@ template <class T> WKV_INLINE T* after(T* from, int i, int stride) {
     T* to;
     asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(i), "r"(stride * int(sizeof(Element))), "l"(from));
     return to;
+}
+
+// Brings what is there nearer, for whoever reads it later.
+WKV_INLINE void prefetch(const Element* x) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
 }
 
 // What blocks of threads tell each other. Until a number is there, its place holds NOTHING, which is a NaN that no

@@ -81,8 +81,9 @@ def wkv4(
         return wkv4_reference(time_decay, time_first, key, value, state, cu_seqlens)
     if backend == "portable" and cu_seqlens is None and key.shape[1] == 1:
         return _one_token(time_decay, time_first, key, value, state)
-    if state is None:
-        state = empty_state(key, key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    if state is None:  # zeros are empty, too, and made at once
+        sequences = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = key.new_zeros(sequences, 3, key.shape[2], dtype=torch.promote_types(key.dtype, torch.float32))
     inputs = time_decay, time_first, key, value, state
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _OPERATORS[backend]

@@ -186,7 +186,7 @@ template <class E, bool WHOLE> struct Strand {
                 write(all.grad_key, t, gradient.key);
                 write(all.grad_value, t, gradient.value);
                 first_of_tile += gradient.first;
-                decay_of_tile += gradient.decay;
+                decay_of_tile += now.weights.past * gradient.decay;
                 retreat(now.state, now.weights, v, gy, adjoint);
             }
             first += first_of_tile;

@@ -13,6 +13,9 @@
 // Garland 2016, "Single-pass parallel prefix scan with decoupled look-back"). It relies on GPUs beginning blocks in the
 // order of their numbers. So there, too, everything is read once.
 //
+// Most of the time goes into arithmetic. So the tokens of a warp share one exponent where their keys allow it, which
+// takes half of it; then a token's last bits may depend on those beside it and after it.
+//
 // Results depend on nothing but the arguments: every sum has a fixed order.
 
 #include "cuda_numbers.h"
@@ -48,7 +51,8 @@ struct Sequences {
 
 // The arguments of all kernels, as wkv4_cuda.py fills them in. What is not const is written, and lies without gaps.
 struct Arguments {
-    int time, channels, groups, pieces;  // groups of channels, those of a warp each
+    int time, channels, sequences, groups, pieces;  // groups of channels, those of a warp each
+    int ahead;  // of a piece, the one to be brought nearer meanwhile
     const Int* bounds;  // (N + 1) or null: then every sequence is a row of `time` tokens
     const float *time_decay, *time_first;  // (C)
     Sequences key, value;
@@ -60,7 +64,8 @@ struct Arguments {
     Sequences grad_output;
     const float* grad_state;             // (N, 3, C)
     Element *grad_key, *grad_value;      // (tokens, C)
-    float *grad_initial, *grad_vectors;  // (N, 3, C); (N * S, 2, C): of u and w, a piece at a time
+    float *grad_initial, *grad_pieces;   // (N, 3, C); (N * S, 2, C): of u and w, a piece at a time
+    float *grad_first, *grad_decay;      // (C): the sums of these
 };
 
 typedef State<Real> Item;  // what warps tell each other: a state, or an adjoint beside what is left of the one after it
@@ -71,7 +76,8 @@ struct Strand {
     int sequence, piece, pieces, channel, begin, time, from, to;
     float* told;  // of this sequence and these channels
     int warp, lane;
-    Real w, u, lead;  // a step of decay, the bonus, and e^(u + w)
+    Real w, u, decay, lead;  // a step of decay, the bonus, e^w and e^u
+    bool mild;               // whether e^u is neither too large nor too small for `weigh_level`
 
     // Blocks begin with the groups of channels of a piece, which are neighbours in memory; then come other sequences.
     WKV_INLINE Strand(const Arguments& all, int block, int piece, int length) : all(all), piece(piece) {
@@ -88,14 +94,11 @@ struct Strand {
         pieces = length ? (time + length - 1) / length : 1;
         w = -min_(precise_exp(row(all.time_decay, 0)) * LOG2E, Real{} + FASTEST);
         u = row(all.time_first, 0) * LOG2E;
-        lead = exp_(u + w);
+        decay = precise_exp(w * (1 / LOG2E));
+        lead = exp_(u);
+        mild = all_of(u > LEAST * LOG2E) && all_of(u < MOST * LOG2E);
     }
     WKV_INLINE int rank() const { return pieces - 1 - piece; }  // of a piece in the backward pass
-    // Whether one exponential a token will do in all channels of the warp.
-    WKV_INLINE bool is_near() const {
-        const Real ahead = u + w;
-        return __all_sync(0xffffffff, all_of(ahead > LEAST * LOG2E) && all_of(ahead < MOST * LOG2E));
-    }
     WKV_INLINE bool opening() const { return piece == 0; }
     WKV_INLINE bool closing() const { return to == time; }
     WKV_INLINE int tile(int t) const { return begin / TILE + sequence + t / TILE; }
@@ -154,8 +157,10 @@ template <int WARPS> struct Exchange {
     }
 };
 
-// A warp's tokens of a tile. FULL: the tile has STEPS for each of the WARPS, and channels are near; otherwise some warps
-// may have fewer, and repeat the last one without effect.
+WKV_INLINE bool everywhere(bool x) { return __all_sync(0xffffffff, x); }  // in the warp
+
+// A warp's tokens of a tile. FULL: the tile has STEPS for each of the WARPS; otherwise some warps may have fewer, and repeat
+// the last one without effect. LEVEL: all share one exponent, see `weigh_level`.
 template <bool FULL, class Plan> struct Share {
     static constexpr int STEPS = Plan::STEPS, WARPS = Plan::WARPS, TOKENS = Plan::TOKENS;
     const Strand& strand;
@@ -163,6 +168,8 @@ template <bool FULL, class Plan> struct Share {
     int t;                     // this warp's first token
     const Element* from[Plan::TENSORS];
     Packed x[Plan::TENSORS][STEPS];
+    Real top;   // the largest key
+    bool even;  // whether all are less than RANGE below it
 
     WKV_INLINE Share(const Strand& strand, int tile) : strand(strand) {
         tokens = FULL ? TOKENS : min(TOKENS, strand.to - tile);
@@ -185,8 +192,13 @@ template <bool FULL, class Plan> struct Share {
     WKV_INLINE void fetch(int i) {
 #pragma unroll
         for (int j = 0; j < Plan::TENSORS; ++j) {
-            x[j][i] = __ldg(reinterpret_cast<const Packed*>(after(from[j], row(i), int(tensor(j).time_stride))));
+            x[j][i] = __ldcs(reinterpret_cast<const Packed*>(after(from[j], row(i), int(tensor(j).time_stride))));
         }
+    }
+    // Let the piece that is `pieces` after this one, or before, be near when its turn comes.
+    WKV_INLINE void prefetch(int pieces) const {
+        const int thread = threadIdx.x, j = thread / TOKENS, t = strand.from + pieces * TOKENS + thread % TOKENS;
+        if (j < Plan::TENSORS && t >= 0 && t < strand.time) wkv4::prefetch(strand.at(tensor(j), t) - strand.lane * CHANNELS);
     }
     WKV_INLINE void forget() {
 #pragma unroll
@@ -200,25 +212,38 @@ template <bool FULL, class Plan> struct Share {
     WKV_INLINE int count_of(int warp) const { return FULL ? STEPS : max(0, min(STEPS, tokens - warp * STEPS)); }
 
     WKV_INLINE void write(Element* x, int i, Real y) const {
-        if (has(i)) __stcg(reinterpret_cast<Packed*>(after(x, row(i), int(strand.all.channels))), narrow(y));
+        if (has(i)) __stcs(reinterpret_cast<Packed*>(after(x, row(i), int(strand.all.channels))), narrow(y));
     }
 
     WKV_INLINE Real key(int i) const { return widen(x[0][i]) * LOG2E; }
     WKV_INLINE Real value(int i) const { return widen(x[1][i]); }
     WKV_INLINE Real grad(int i) const { return widen(x[2][i]); }
-    // The weights of token i; p moves from before it to after it.
-    WKV_INLINE Weights<Real> weigh(int i, Real& p) const {
-        return FULL ? weigh_near(strand.w, strand.lead, key(i), p) : wkv4::weigh(strand.w, strand.u, key(i), p);
+    // Whether the warp's tokens can share one exponent, to which the state before them then moves.
+    WKV_INLINE bool settle(State<Real>& s) const {
+        if (!FULL || !even || !everywhere(all_of(s.p - top < RANGE * LOG2E))) return false;
+        const Real level = max_(s.p, top), scale = exp_(s.p - level);
+        s = {s.a * scale, s.b * scale, level};
+        return true;
     }
-    WKV_INLINE Weights<Real> weights(int i, Real p) const { return weigh(i, p); }
-
+    // The weights of token i; p moves from before it to after it.
+    template <bool LEVEL> WKV_INLINE Weights<Real> weigh(int i, Real& p) const {
+        return LEVEL ? weigh_level(strand.decay, strand.lead, key(i), p) : wkv4::weigh(strand.w, strand.u, key(i), p);
+    }
     // The state after token i; returns its weights.
-    WKV_INLINE Weights<Real> advance(State<Real>& s, int i) const {
+    template <bool LEVEL> WKV_INLINE Weights<Real> advance(State<Real>& s, int i) const {
         State<Real> next = s;
-        const Weights<Real> weights = weigh(i, next.p);
+        const Weights<Real> weights = weigh<LEVEL>(i, next.p);
         absorb(next, weights, value(i));
         s = {select_(has(i), next.a, s.a), select_(has(i), next.b, s.b), select_(has(i), next.p, s.p)};
         return weights;
+    }
+    // The exponents before each token, of which the first is p.
+    template <bool LEVEL> WKV_INLINE void follow(Real p, Real (&exponents)[STEPS]) const {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            exponents[i] = p;
+            if (!LEVEL) p = select_(has(i), max_(p + strand.w, key(i)), p);
+        }
     }
     // The adjoint before token i.
     WKV_INLINE void retire(Adjoint<Real>& adjoint, const State<Real>& s, const Weights<Real>& weights, int i, Real gy) const {
@@ -228,7 +253,12 @@ template <bool FULL, class Plan> struct Share {
     }
 
     // What each warp's tokens add up to.
-    WKV_INLINE const Board<WARPS>& publish(Exchange<WARPS>& exchange) const {
+    WKV_INLINE const Board<WARPS>& publish(Exchange<WARPS>& exchange) {
+        Packed most = x[0][0], least = most;
+#pragma unroll
+        for (int i = 1; i < STEPS; ++i) most = larger(most, x[0][i]), least = smaller(least, x[0][i]);
+        top = widen(most) * LOG2E;
+        even = FULL && everywhere(strand.mild && all_of(top - widen(least) * LOG2E < RANGE * LOG2E));
         const auto sum = add_up<STEPS>(
             strand.w, count, [&](int i) { return key(i); }, [&](int i) { return value(i); });
         return exchange.publish(sum, strand);
@@ -237,47 +267,58 @@ template <bool FULL, class Plan> struct Share {
     WKV_INLINE State<Real> after_warp(const State<Real>& before, int i, const Board<WARPS>& runs) const {
         return join(before, strand.w * float(count_of(i)), runs[i][strand.lane]);
     }
-    // The state before this warp's tokens, from that before the tile; `carry` moves to after it.
-    WKV_INLINE State<Real> enter(State<Real>& carry, const Board<WARPS>& runs) const {
-        State<Real> start = carry;
+    // From the state before the tile, or before any tokens, to that before this warp's.
+    WKV_INLINE void enter(State<Real>& s, const Board<WARPS>& runs) const {
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            if (i == strand.warp) start = carry;
-            carry = after_warp(carry, i, runs);
+        for (int i = 0; i < WARPS - 1; ++i) {
+            if (i < strand.warp) s = after_warp(s, i, runs);
         }
-        return start;
     }
 };
 
-// What is before a piece, in the order of a pass, where its place is `rank`. Pieces make groups of LOOK: the last one of a
-// group tells what is after it, the others only what they add up to, so that a block listens to few. `first` is what is
-// before the first group, `sum` what this piece adds up to, and join(before, n, run) what is after a run of n pieces.
-template <class Join>
-WKV_INLINE Item look_back(const Strand& strand, int rank, const Item& first, const Item& sum, const Join& join) {
-    const int others = rank % LOOK, group = rank - others;
-    const bool last = others == LOOK - 1, awaited = rank + 1 < strand.pieces;
-    if (awaited && !last) strand.tell(rank, sum);
+// What is before a piece, in the order of a pass, where its place is `rank`. Pieces make groups, of one for each warp: the
+// last one of a group tells what is after it, the others only what they add up to. `first` is what is before the first
+// group, `sum` what this piece adds up to, known to warp `teller`, and join(before, n, run) what is after a run of n
+// pieces. Each warp listens to one other piece.
+template <class Plan, class Join>
+WKV_INLINE Item look_back(const Strand& strand, int rank, const Item& first, const Item& sum, int teller,
+                          Exchange<Plan::WARPS>& exchange, const Join& join) {
+    constexpr int LAST = Plan::WARPS - 1;
+    const int others = rank % Plan::WARPS, group = rank - others;
+    const bool tells = strand.warp == teller && rank + 1 < strand.pieces;
+    if (tells && others < LAST) strand.tell(rank, sum);
 
-    Item before = first, heard[LOOK - 1], run;  // all asked for before any is waited for
-    if (group > 0) before = strand.hear(group - 1);
-#pragma unroll
-    for (int i = 0; i < LOOK - 1; ++i) {
-        if (i < others) heard[i] = strand.hear(group + i);
+    Item heard = first;
+    const int other = strand.warp == LAST ? group - 1 : strand.warp < others ? group + strand.warp : -1;
+    if (other >= 0) {
+        do heard = strand.hear(other);
+        while (!strand.is_there(heard));
     }
+    const Board<Plan::WARPS>& runs = exchange.publish(heard, strand);
+    Item before = runs[LAST][strand.lane];
 #pragma unroll
-    for (int i = 0; i < LOOK - 1; ++i) {
-        if (i >= others) break;
-        while (!strand.is_there(heard[i])) heard[i] = strand.hear(group + i);
-        run = i == 0 ? heard[0] : join(run, 1, heard[i]);
+    for (int i = 0; i < LAST; ++i) {
+        if (i < others) before = join(before, 1, runs[i][strand.lane]);
     }
-    while (group > 0 && !strand.is_there(before)) before = strand.hear(group - 1);
-    if (others > 0) before = join(before, others, run);
-    if (awaited && last) strand.tell(rank, join(before, 1, sum));
+    if (tells && others == LAST) strand.tell(rank, join(before, 1, sum));
     return before;
 }
 
-// One tile of the forward pass; `carry` moves from before it to after it. Tokens of the next one, if there is `more`,
-// are asked for as soon as those of this one are done with.
+// From the state before a warp's tokens. Those of the next tile, if there is `more`, are asked for as soon as these are
+// done with.
+template <bool LEVEL, class Plan, class Tile>
+WKV_INLINE void write_outputs(Tile& tile, State<Real> s, Element* y, bool more) {
+#pragma unroll
+    for (int i = 0; i < Plan::STEPS; ++i) {
+        const State<Real> before = s;
+        const Weights<Real> weights = tile.template advance<LEVEL>(s, i);
+        const Real v = tile.value(i);
+        tile.write(y, i, LEVEL ? output_level(before, weights.now, tile.strand.lead, v) : output(before, weights, v));
+        if (more) tile.fetch(i);
+    }
+}
+
+// One tile of the forward pass; `carry` moves from before it to after it.
 template <class Plan, class Tile>
 WKV_INLINE void forward_tile(Tile& tile, State<Real>& carry, Exchange<Plan::WARPS>& exchange, bool more) {
     const Strand& strand = tile.strand;
@@ -286,38 +327,32 @@ WKV_INLINE void forward_tile(Tile& tile, State<Real>& carry, Exchange<Plan::WARP
     State<Real> s;
     if (Plan::CUT) {
         State<Real> before = empty<Real>();
+        tile.enter(before, runs);
+        constexpr int LAST = Plan::WARPS - 1;
+        State<Real> sum;
+        if (strand.warp == LAST) sum = tile.after_warp(before, LAST, runs);
+        const auto after = [&](const Item& past, int n, const Item& run) {
+            return join(past, strand.w * float(n * Plan::TOKENS), run);
+        };
+        carry = look_back<Plan>(strand, strand.piece, carry, sum, LAST, exchange, after);
+        tile.forget();
+        s = join(carry, strand.w * float(tile.first), before);
+        if (strand.closing()) carry = join(carry, strand.w * float(tile.tokens), sum);  // of the last warp
+    } else {
 #pragma unroll
         for (int i = 0; i < Plan::WARPS; ++i) {
-            if (i < strand.warp) before = tile.after_warp(before, i, runs);
+            if (i == strand.warp) s = carry;
+            carry = tile.after_warp(carry, i, runs);
         }
-        State<Real> sum;
-        if (strand.warp == Plan::WARPS - 1) {
-            sum = tile.after_warp(before, strand.warp, runs);
-            const auto after = [&](const Item& past, int n, const Item& run) {
-                return join(past, strand.w * float(n * Plan::TOKENS), run);
-            };
-            carry = look_back(strand, strand.piece, carry, sum, after);
-        }
-        tile.forget();
-        carry = exchange.publish(carry, strand)[Plan::WARPS - 1][strand.lane];
-        s = join(carry, strand.w * float(tile.first), before);
-        carry = join(carry, strand.w * float(tile.tokens), sum);  // of the last warp
-    } else {
-        s = tile.enter(carry, runs);
     }
     if (all.tiles && tile.t % TILE == 0 && tile.count > 0) strand.set_state(all.tiles, strand.tile(tile.t), s);
     Element* y = strand.at(all.output, tile.t);
     if (more) tile.move(Plan::TOKENS);
-#pragma unroll
-    for (int i = 0; i < Plan::STEPS; ++i) {
-        const State<Real> before = s;
-        const Weights<Real> weights = tile.advance(s, i);
-        tile.write(y, i, output(before, weights, tile.value(i)));
-        if (more) tile.fetch(i);
-    }
+    if (tile.settle(s)) write_outputs<true, Plan>(tile, s, y, more);
+    else write_outputs<false, Plan>(tile, s, y, more);
 }
 
-// Outputs of a piece. Tokens are asked for before it is known whether channels are near, which takes some loads, too.
+// Outputs of a piece.
 template <class Plan> WKV_INLINE void forward(const Arguments& all) {
     __shared__ Board<Plan::WARPS> shared[3];
     Exchange<Plan::WARPS> exchange(shared);
@@ -325,15 +360,16 @@ template <class Plan> WKV_INLINE void forward(const Arguments& all) {
     if (strand.from >= strand.to && !strand.opening()) return;
 
     State<Real> carry = empty<Real>();
-    if (strand.piece < LOOK) carry = strand.initial();  // otherwise others tell
+    if (strand.piece < Plan::WARPS) carry = strand.initial();  // otherwise others tell
     int t = strand.from;
     if (t + Plan::TOKENS <= strand.to) {
         Share<true, Plan> tile(strand, t);
-        for (const bool near = strand.is_near(); near && t + Plan::TOKENS <= strand.to; t += Plan::TOKENS) {
+        if (Plan::CUT) tile.prefetch(all.ahead);
+        for (; t + Plan::TOKENS <= strand.to; t += Plan::TOKENS) {
             forward_tile<Plan>(tile, carry, exchange, !Plan::CUT && t + 2 * Plan::TOKENS <= strand.to);
         }
     }
-    for (; t < strand.to; t += Plan::TOKENS) {
+    if (t < strand.to) {
         Share<false, Plan> tile(strand, t);
         forward_tile<Plan>(tile, carry, exchange, false);
     }
@@ -350,6 +386,42 @@ WKV_INLINE Item link(const Item& after, const Item& run) {
     return {before.a, before.b, run.p * after.p};
 }
 
+// The adjoint before a warp's tokens if that after them is 0. Keeps the states before each; s moves to that after all.
+template <bool LEVEL, class Plan, class Tile>
+WKV_INLINE Adjoint<Real> adjoint_before(const Tile& tile, State<Real>& s, State<Real> (&before)[Plan::STEPS]) {
+#pragma unroll
+    for (int i = 0; i < Plan::STEPS; ++i) {
+        before[i] = s;
+        tile.template advance<LEVEL>(s, i);
+    }
+    Adjoint<Real> adjoint{Real{}, Real{}};
+#pragma unroll
+    for (int i = Plan::STEPS - 1; i >= 0; --i) {
+        Real p = before[i].p;
+        tile.retire(adjoint, before[i], tile.template weigh<LEVEL>(i, p), i, tile.grad(i));
+    }
+    return adjoint;
+}
+
+// From the adjoint after a warp's tokens; adds up the gradients of u and w. The states' exponents begin with p.
+template <bool LEVEL, class Plan, class Tile>
+WKV_INLINE void write_gradients(Tile& tile, const State<Real> (&before)[Plan::STEPS], Real p, Adjoint<Real> adjoint,
+                                Element* gk, Element* gv, Item& sums, bool more) {
+    Real exponents[Plan::STEPS];
+    tile.template follow<LEVEL>(p, exponents);
+#pragma unroll
+    for (int i = Plan::STEPS - 1; i >= 0; --i) {
+        const Weights<Real> weights = tile.template weigh<LEVEL>(i, exponents[i]);
+        const Gradient<Real> gradient = differentiate(before[i], weights, tile.value(i), tile.grad(i), adjoint);
+        tile.write(gk, i, gradient.key);
+        tile.write(gv, i, gradient.value);
+        sums.a = sums.a + select_(tile.has(i), gradient.first, Real{});
+        sums.b = sums.b + select_(tile.has(i), weights.past * gradient.decay, Real{});
+        tile.retire(adjoint, before[i], weights, i, tile.grad(i));
+        if (more) tile.fetch(i);
+    }
+}
+
 // One tile of the backward pass; as in the forward pass, those of the next one are asked for.
 template <class Plan, class Tile>
 WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& exchange, Item& sums, bool more) {
@@ -357,20 +429,17 @@ WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& ex
     constexpr int STEPS = Plan::STEPS;
     const Strand& strand = tile.strand;
     const Arguments& all = strand.all;
-    State<Real> start = strand.state(all.tiles, strand.tile(tile.t));
-    State<Real> s = tile.enter(start, tile.publish(exchange)), before[STEPS];
-    Item run{Real{}, Real{}, Real{} + 1};  // what this warp's tokens add to the adjoint, and what they leave of it
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        before[i] = s;
-        run.p = run.p * select_(tile.has(i), tile.advance(s, i).past, Real{} + 1);
-    }
-    Adjoint<Real> adjoint{Real{}, Real{}};
-#pragma unroll
-    for (int i = STEPS - 1; i >= 0; --i) {
-        tile.retire(adjoint, before[i], tile.weights(i, before[i].p), i, tile.grad(i));
-    }
-    run.a = adjoint.a, run.b = adjoint.b;
+    State<Real> s = strand.state(all.tiles, strand.tile(tile.t)), before[STEPS];
+    const Board<Plan::WARPS>& states = tile.publish(exchange);
+    tile.enter(s, states);
+    // The exponents before and after this warp's tokens, as other warps have them.
+    const Real opened = s.p, closed = tile.after_warp(s, strand.warp, states).p;
+    const bool level = tile.settle(s);
+    const Real first = s.p, entered = exp_(opened - first);
+    Adjoint<Real> adjoint = level ? adjoint_before<true, Plan>(tile, s, before) : adjoint_before<false, Plan>(tile, s, before);
+    const Real left = exp_(s.p - closed);
+    // What these tokens add to the adjoint, and what they leave of it.
+    const Item run{adjoint.a * entered, adjoint.b * entered, exp_(opened + strand.w * float(tile.count) - closed)};
     const Board<Plan::WARPS>& runs = exchange.publish(run, strand);
     if (Plan::CUT) {
         Item after{Real{}, Real{}, Real{} + 1};
@@ -379,13 +448,10 @@ WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& ex
             if (i > strand.warp) after = link(after, runs[i][strand.lane]);
         }
         Item sum;
-        if (strand.warp == 0) {
-            sum = link(after, runs[0][strand.lane]);
-            const auto past = [](const Item& later, int, const Item& earlier) { return link(later, earlier); };
-            carry = look_back(strand, strand.rank(), carry, sum, past);
-        }
+        if (strand.warp == 0) sum = link(after, runs[0][strand.lane]);
+        const auto past = [](const Item& later, int, const Item& earlier) { return link(later, earlier); };
+        carry = look_back<Plan>(strand, strand.rank(), carry, sum, 0, exchange, past);
         tile.forget();
-        carry = exchange.publish(carry, strand)[0][strand.lane];
         after = link(carry, after);
         adjoint = {after.a, after.b};
         carry = link(carry, sum);  // of the first warp
@@ -399,17 +465,9 @@ WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& ex
 
     Element *gk = strand.at(all.grad_key, tile.t), *gv = strand.at(all.grad_value, tile.t);
     if (more) tile.move(-Plan::TOKENS);
-#pragma unroll
-    for (int i = STEPS - 1; i >= 0; --i) {
-        const Weights<Real> weights = tile.weights(i, before[i].p);
-        const Gradient<Real> gradient = differentiate(before[i], weights, tile.value(i), tile.grad(i), adjoint);
-        tile.write(gk, i, gradient.key);
-        tile.write(gv, i, gradient.value);
-        sums.a = sums.a + select_(tile.has(i), gradient.first, Real{});
-        sums.b = sums.b + select_(tile.has(i), gradient.decay, Real{});
-        tile.retire(adjoint, before[i], weights, i, tile.grad(i));
-        if (more) tile.fetch(i);
-    }
+    adjoint = {adjoint.a * left, adjoint.b * left};
+    if (level) write_gradients<true, Plan>(tile, before, first, adjoint, gk, gv, sums, more);
+    else write_gradients<false, Plan>(tile, before, first, adjoint, gk, gv, sums, more);
 }
 
 // Gradients of a piece.
@@ -420,22 +478,20 @@ template <class Plan> WKV_INLINE void backward(const Arguments& all) {
     const Strand strand(all, last - blockIdx.x, last_piece - blockIdx.y, Plan::CUT ? Plan::TOKENS : 0);
 
     Item carry{Real{}, Real{}, Real{}}, sums = carry;
-    if (strand.rank() < LOOK) carry = strand.state(all.grad_state, strand.sequence);  // otherwise others tell
+    if (strand.rank() < Plan::WARPS) carry = strand.state(all.grad_state, strand.sequence);  // otherwise others tell
     for (int t = strand.to; t > strand.from;) {
-        int tokens = (t - strand.from) % Plan::TOKENS;
-        if (tokens == 0) {
-            tokens = Plan::TOKENS;
-            Share<true, Plan> tile(strand, t - tokens);
-            if (strand.is_near()) {
-                for (; t > strand.from; t -= tokens) {
-                    backward_tile<Plan>(tile, carry, exchange, sums, !Plan::CUT && t - tokens > strand.from);
-                }
-                break;
+        const int rest = (t - strand.from) % Plan::TOKENS;
+        if (rest > 0) {
+            t -= rest;
+            Share<false, Plan> tile(strand, t);
+            backward_tile<Plan>(tile, carry, exchange, sums, false);
+        } else {
+            Share<true, Plan> tile(strand, t - Plan::TOKENS);
+            if (Plan::CUT) tile.prefetch(-all.ahead);
+            for (; t > strand.from; t -= Plan::TOKENS) {
+                backward_tile<Plan>(tile, carry, exchange, sums, !Plan::CUT && t - Plan::TOKENS > strand.from);
             }
         }
-        t -= tokens;
-        Share<false, Plan> tile(strand, t);
-        backward_tile<Plan>(tile, carry, exchange, sums, false);
     }
     const Board<Plan::WARPS>& parts = exchange.publish(sums, strand);
     if (strand.warp > 0) return;
@@ -444,13 +500,29 @@ template <class Plan> WKV_INLINE void backward(const Arguments& all) {
         sums.b = sums.b + parts[i][strand.lane].b;
     }
     const int this_piece = strand.sequence * all.pieces + strand.piece;
-    strand.set_row(all.grad_vectors, 2 * this_piece, sums.a);
-    strand.set_row(all.grad_vectors, 2 * this_piece + 1, sums.b * strand.w * (1 / LOG2E));
+    strand.set_row(all.grad_pieces, 2 * this_piece, sums.a);
+    strand.set_row(all.grad_pieces, 2 * this_piece + 1, sums.b * strand.w * (1 / LOG2E));
     if (strand.opening()) {
         const Real b = strand.state(all.state, strand.sequence).b;  // of 0: no history, so no gradient
         if (strand.time > 0) carry = {select_(b == 0, Real{}, carry.a), select_(b == 0, Real{}, carry.b), Real{}};
         strand.set_state(all.grad_initial, strand.sequence, {carry.a, carry.b, Real{}});
     }
+}
+
+// The gradients of u and w: sums over all pieces, each thread's first, then those of all warps.
+WKV_INLINE void sum_pieces(const Arguments& all) {
+    __shared__ float shared[SUM_WARPS][LANES];
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int columns = 2 * all.channels, column = min(int(blockIdx.x) * LANES + lane, columns - 1);
+    float sum = 0;
+#pragma unroll 8
+    for (int i = warp; i < all.sequences * all.pieces; i += SUM_WARPS) sum += all.grad_pieces[Int(i) * columns + column];
+    shared[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0) return;
+    for (int i = 1; i < SUM_WARPS; ++i) sum += shared[i][lane];
+    if (column < all.channels) all.grad_first[column] = sum;
+    else all.grad_decay[column - all.channels] = sum;
 }
 
 }  // namespace wkv4
@@ -465,3 +537,8 @@ WKV_KERNEL(forward, forward, FORWARD, 2, false)
 WKV_KERNEL(backward, backward, BACKWARD, 3, false)
 WKV_KERNEL(forward_cut, forward, FORWARD_CUT, 2, true)
 WKV_KERNEL(backward_cut, backward, BACKWARD_CUT, 3, true)
+
+extern "C" __global__ void __launch_bounds__(SUM_WARPS * wkv4::LANES)
+wkv4_sum_pieces(const __grid_constant__ wkv4::Arguments all) {
+    wkv4::sum_pieces(all);
+}

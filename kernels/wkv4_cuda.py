@@ -19,11 +19,11 @@ NOTHING = -1  # as an integer, where nobody has told anything yet
 # H200. A tile of a block of threads is WARPS * STEPS tokens; BLOCKS of them share a multiprocessor.
 PLANS = {
     "forward": {"WARPS": 4, "STEPS": 16, "BLOCKS": 3},
-    "backward": {"WARPS": 4, "STEPS": 8, "BLOCKS": 2},
+    "backward": {"WARPS": 4, "STEPS": 8, "BLOCKS": 3},
     "forward_cut": {"WARPS": 4, "STEPS": 16, "BLOCKS": 4},
     "backward_cut": {"WARPS": 4, "STEPS": 8, "BLOCKS": 3},
 }
-LOOK = 3  # pieces of a group, of which one tells what is after it all
+SUM_WARPS = 8  # of a block that sums up the gradients of pieces
 TILE = 32  # tokens between two states that the forward pass keeps: a tile of the backward pass
 MOST_PIECES = 2**16 - 1  # that a grid of blocks can have
 MOST_TOKENS = 2**31 - 2**8  # an integer counts these, and those of two tiles after them
@@ -31,12 +31,12 @@ MOST_TOKENS = 2**31 - 2**8  # an integer counts these, and those of two tiles af
 
 class _Arguments(Arguments):
     _fields_ = (
-        fields(ctypes.c_int32, "time channels groups pieces")
+        fields(ctypes.c_int32, "time channels sequences groups pieces ahead")
         + fields(Pointer, "bounds time_decay time_first")
         + fields(Sequences, "key value")
         + fields(Pointer, "state tiles told output final_state")
         + fields(Sequences, "grad_output")
-        + fields(Pointer, "grad_state grad_key grad_value grad_initial grad_vectors")
+        + fields(Pointer, "grad_state grad_key grad_value grad_initial grad_pieces grad_first grad_decay")
     )
 
 
@@ -52,7 +52,7 @@ def _kernel(name: str, device: torch.device, dtype: torch.dtype, width: int) -> 
 def defines(dtype: torch.dtype, width: int) -> dict[str, str]:
     """What the source is compiled with, for elements of ``dtype`` and threads of ``width`` channels."""
     plans = {f"{plan.upper()}_{name}": n for plan, shape in PLANS.items() for name, n in shape.items()}
-    numbers = {"ELEMENT": DTYPES.index(dtype), "CHANNELS": width, "TILE": TILE, "LOOK": LOOK} | plans
+    numbers = {"ELEMENT": DTYPES.index(dtype), "CHANNELS": width, "TILE": TILE, "SUM_WARPS": SUM_WARPS} | plans
     return {name: str(number) for name, number in numbers.items()}
 
 
@@ -114,12 +114,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first five arguments of ``wkv4``, from what ``forward`` left in ``tiles``; key is not empty."""
     grad_key, grad_value, initial = key.new_empty(key.shape), key.new_empty(key.shape), state.new_empty(state.shape)
-    vectors = _launch(
+    first, decay = state.new_empty(key.shape[2]), state.new_empty(key.shape[2])
+    _launch(
         "backward", time_decay, time_first, key, value, state, cu_seqlens, tiles,
         grad_output=rows(grad_output), grad_state=grad_state.contiguous(),
         grad_key=grad_key, grad_value=grad_value, grad_initial=initial,
+        grad_first=first, grad_decay=decay,
     )  # fmt: skip
-    first, decay = (vectors[:, i].sum(0) for i in range(2))  # a sum of PyTorch's has one order
     return decay.to(time_decay.dtype), first.to(time_first.dtype), grad_key, grad_value, initial
 
 
@@ -133,11 +134,8 @@ def _launch(
     cu_seqlens: Tensor | None,
     tiles: Tensor,
     **more: Tensor,
-) -> Tensor:
-    """Run a pass, "forward" or "backward".
-
-    Returns the gradients of u and w of every piece, (pieces of all, 2, C), which only a backward pass fills in.
-    """
+) -> None:
+    """Run a pass, "forward" or "backward"."""
     (batch, time, channels), sequences = key.shape, len(state)
     tensors = {
         "bounds": None if cu_seqlens is None else cu_seqlens.to(key.device, torch.int64).contiguous(),
@@ -153,20 +151,25 @@ def _launch(
     blocks = -(-channels // (LANES * width))
     longest = time if cu_seqlens is None else int(cu_seqlens.diff().max())
     processors = torch.cuda.get_device_properties(key.device).multi_processor_count
-    count, told = 1, None
+    count, ahead, told = 1, 0, None
     wasteful = sequences * longest > 4 * batch * time  # a short sequence has the blocks, and the room, of the longest
     if not wasteful and is_cut(batch * time, longest, blocks, processors):
         name = f"{name}_cut"
         count = -(-longest // (PLANS[name]["WARPS"] * PLANS[name]["STEPS"]))
+        ahead = -(-processors * PLANS[name]["BLOCKS"] // (2 * sequences * blocks))  # half of those that run at once
         told = torch.full((sequences * blocks, count, 3, LANES * width), NOTHING, dtype=torch.int32, device=key.device)
-    vectors = state.new_empty(sequences * count, 2, channels)
+    is_backward = "grad_key" in more
+    pieces = state.new_empty(sequences * count, 2, channels) if is_backward else None
     arguments = _Arguments(
-        time=time, channels=channels, groups=blocks, pieces=count, told=told, grad_vectors=vectors, **tensors
-    )
+        time=time, channels=channels, sequences=sequences, groups=blocks, pieces=count, ahead=ahead, told=told,
+        grad_pieces=pieces, **tensors,
+    )  # fmt: skip
     with torch.cuda.device(key.device):
         kernel = _kernel(name, key.device, key.dtype, width)
         loader.launch(kernel, (sequences * blocks, count), LANES * PLANS[name]["WARPS"], arguments)
-    return vectors
+        if is_backward:
+            kernel = _kernel("sum_pieces", key.device, key.dtype, width)
+            loader.launch(kernel, (-(-2 * channels // LANES), 1), LANES * SUM_WARPS, arguments)
 
 
 def _is_paired(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ template <class R> struct Adjoint {
     R a, b;
 };
 
-// One token's share of the gradients; `first` of the bonus u, `decay` of w.
+// One token's share of the gradients; `first` of the bonus u, `decay`, times the weight of the past, of w.
 template <class R> struct Gradient {
     R key, value, first, decay;
 };
@@ -58,20 +58,22 @@ template <class R> WKV_INLINE Weights<R> weigh(R w, R u, R k, R& p) {
     return weights;
 }
 
-// The same at the cost of one exponential, given lead = e^(u + w), by which a token counts more in its output than in the
-// state after it. For LEAST < u + w < MOST: then a past that rounds to nothing is less than e^-47 of the output, and no
-// value is too large for float32 that is less than 1e36.
-constexpr float LEAST = -40, MOST = 4;
-template <class R> WKV_INLINE Weights<R> weigh_near(R w, R lead, R k, R& p) {
-    Weights<R> weights;
-    p = p + w;
-    balance(p, k, weights.past, weights.now);
-    weights.old = weights.past, weights.bonus = weights.now * lead;
-    return weights;
+// The same where the exponent stays at `level`, given decay = e^w and lead = e^u. For keys that are at most 2 RANGE below
+// it and none above, and LEAST < u < MOST: then no denominator is less than e^-64, and a past that rounds to nothing is
+// nothing beside it.
+constexpr float RANGE = 22, LEAST = -20, MOST = 4;
+template <class R> WKV_INLINE Weights<R> weigh_level(R decay, R lead, R k, R level) {
+    const R now = exp_(k - level);
+    return {decay, now, R{} + 1, now * lead};
 }
 
 template <class R> WKV_INLINE R output(const State<R>& before, const Weights<R>& weights, R v) {
     return (weights.old * before.a + weights.bonus * v) * reciprocal_(weights.old * before.b + weights.bonus);
+}
+
+// The same from `weigh_level`, with a product less.
+template <class R> WKV_INLINE R output_level(const State<R>& before, R now, R lead, R v) {
+    return (before.a + lead * (now * v)) * reciprocal_(before.b + lead * now);
 }
 
 template <class R> WKV_INLINE void absorb(State<R>& state, const Weights<R>& weights, R v) {
@@ -128,7 +130,7 @@ WKV_INLINE Gradient<R> differentiate(const State<R>& before, const Weights<R>& w
     const R over = reciprocal_(weights.old * before.b + weights.bonus), bonus = weights.bonus * (gy * over);
     const R first = bonus * (weights.old * (before.b * v - before.a) * over);  // v - y, without the cancellation
     return {first + weights.now * (v * after.a + after.b), bonus + weights.now * after.a, first,
-            weights.past * (before.a * after.a + before.b * after.b)};
+            before.a * after.a + before.b * after.b};
 }
 
 }  // namespace wkv4

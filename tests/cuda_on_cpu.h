@@ -22,8 +22,8 @@ static thread_local Index threadIdx, blockIdx, gridDim;
 static pthread_barrier_t everybody;
 static void __syncthreads() { pthread_barrier_wait(&everybody); }
 
-template <class T> T __ldg(const T* x) { return *x; }
-template <class T> void __stcg(T* x, T y) { *x = y; }
+template <class T> T __ldcs(const T* x) { return *x; }
+template <class T> void __stcs(T* x, T y) { *x = y; }
 template <class To, class From> To bits_of(From x) {
     To y;
     std::memcpy(&y, &x, sizeof y);
@@ -45,6 +45,16 @@ static unsigned short ptx_narrow(float x) {  // bfloat16
     const unsigned bits = bits_of<unsigned>(x);
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+static float ptx_larger(float x, float y) { return ptx_max(x, y); }
+static float ptx_smaller(float x, float y) { return ptx_min(x, y); }
+static float ptx_widen(unsigned x) { return bits_of<float>(x << 16); }
+static unsigned short ptx_larger(unsigned short x, unsigned short y) { return ptx_narrow(ptx_max(ptx_widen(x), ptx_widen(y))); }
+static unsigned short ptx_smaller(unsigned short x, unsigned short y) { return ptx_narrow(ptx_min(ptx_widen(x), ptx_widen(y))); }
+template <unsigned short pick(unsigned short, unsigned short)> unsigned ptx_each(unsigned x, unsigned y) {
+    return pick(x, y) | unsigned(pick(x >> 16, y >> 16)) << 16;
+}
+static unsigned ptx_larger(unsigned x, unsigned y) { return ptx_each<ptx_larger>(x, y); }
+static unsigned ptx_smaller(unsigned x, unsigned y) { return ptx_each<ptx_smaller>(x, y); }
 template <class Element, class T> T* ptx_after(T* from, int i, int stride) {
     return (T*)((char*)from + (long long)i * (stride * int(sizeof(Element))));
 }

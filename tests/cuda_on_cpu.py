@@ -15,7 +15,7 @@ import torch
 from rwkv_kernels import loader, wkv4, wkv4_cuda
 
 HERE = Path(__file__).parent
-KERNELS = tuple(wkv4_cuda.PLANS)
+KERNELS = (*wkv4_cuda.PLANS, "sum_pieces")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fno-gnu-unique")  # each library has its own memory
 NUMBERS = "cuda_numbers.h"
 PTX = {  # its functions that are written in PTX, and what stands for them
@@ -24,9 +24,13 @@ PTX = {  # its functions that are written in PTX, and what stands for them
     "float min_(float x, float y)": "ptx_min(x, y)",
     "float reciprocal_(float x)": "ptx_reciprocal(x)",
     "Element narrow(float x)": "ptx_narrow(x)",
+    "Packed narrow(Real x)": "narrow(x.x) | Packed(narrow(x.y)) << 16",
+    "Packed larger(Packed x, Packed y)": "ptx_larger(x, y)",
+    "Packed smaller(Packed x, Packed y)": "ptx_smaller(x, y)",
     "void tell(float* to, Real x)": "(void)(*reinterpret_cast<Real*>(to) = x)",
     "Real hear(const float* from)": "*reinterpret_cast<const Real*>(from)",
     "void forget(Packed& x)": "(void)x",
+    "void prefetch(const Element* x)": "(void)x",
     "T* after(T* from, int i, int stride)": "ptx_after<Element>(from, i, stride)",
 }
 

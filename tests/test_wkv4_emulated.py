@@ -52,9 +52,9 @@ def reference(x):
     return [output, readout(end), *grads.values()]
 
 
-@pytest.mark.parametrize("kind", ["near", "far"])
+@pytest.mark.parametrize("kind", ["near", "far", "mixed"])
 @processors
-def test_weights_of_one_scale_or_of_two(kind, processors, folder):
+def test_one_exponent_for_all_tokens_or_one_each(kind, processors, folder):
     x = make(330, channels=70, **SITUATIONS[f"float32-{kind}"])
     with emulated(folder, processors):
         output, end, grads = differentiate(x, runner("cuda"))
