@@ -80,6 +80,7 @@ class Generated:
 class TextPieces(BaseStreamer):
     """Gives ``write`` the text of every token as it comes, and never half a character.
 
+    What is put first is the prompt, whose text is not written, but for a character that it leaves unfinished.
     Together the pieces are what decoding all tokens at once gives. Only the tokens since the last piece but one are
     decoded: tokenizers may treat the beginning of a text in a special way, so no piece is decoded alone.
     """
@@ -103,9 +104,11 @@ class TextPieces(BaseStreamer):
     def _write_on(self, is_end: bool) -> None:
         before = _decode(self._tokenizer, self._ids[self._begin : self._written])
         text = _decode(self._tokenizer, self._ids[self._begin :])
-        # A character of several tokens ends in U+FFFD until its last byte is there.
-        if len(text) > len(before) and (is_end or not text.endswith("\ufffd")):
+        # A character of several tokens is U+FFFD until its last byte is there, at the end of ``before``, too.
+        if text != before and (is_end or not text.endswith("\ufffd")):
             self._begin, self._written = self._written, len(self._ids)
+            while not text.startswith(before):
+                before = before[:-1]
             self._write(text[len(before) :])
 
 

@@ -161,6 +161,21 @@ def test_pieces_are_whole_characters_and_add_up(folder, seed):
             assert pieces == list(text[1:])  # each as soon as its last byte is there
 
 
+@pytest.mark.parametrize("cut", range(3, 14))
+def test_a_character_that_the_prompt_leaves_unfinished_is_shown_when_it_is_whole(folder, cut):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\ufffdaé從🙂b"
+    ids = tokenizer(text)["input_ids"]
+    pieces = []
+    streamer = generation.TextPieces(tokenizer, pieces.append)
+    streamer.put(torch.tensor([ids[:cut]]))
+    for token in ids[cut:]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    whole = bytes(text, "utf-8")[:cut].decode(errors="ignore")
+    assert "".join(pieces) == text[len(whole) :]
+
+
 def test_pieces_keep_the_spaces_between_them():
     """Of tokenizers that leave out the space at the beginning of what they decode."""
     words = {"▁once": 0, "▁upon": 1, "▁a": 2, "▁time": 3}
