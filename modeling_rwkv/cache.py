@@ -4,8 +4,11 @@ Symbols: B rows of the batch, C channels of the residual stream, A channels of t
 """
 
 import copy
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_rwkv.configuration_rwkv import RwkvConfig
@@ -43,6 +46,11 @@ class RwkvCache(Cache):
     it was given, like any cache of transformers; a forward pass that records gradients returns a new one and leaves
     the given one as it was (one that was made under ``torch.inference_mode()`` can't be used there: PyTorch's rule).
     ``clone()`` keeps a state to come back to: reading cannot be undone.
+
+    `generate` goes on from it with the tokens that are new, or with the whole text so far, which it tells apart by
+    what the cache has read. An ``attention_mask`` that is longer than the given ids says that all of them are new. One
+    that is missing is guessed by transformers: a pad token among the new ones is padding. A mask of ones says that it
+    is text.
     """
 
     is_compileable = False
@@ -98,19 +106,24 @@ class RwkvCache(Cache):
     def has_read(self, input_ids: Tensor, valid: Tensor | None = None) -> bool:
         """Whether ``input_ids`` (B, T) are, in every row, exactly the tokens read so far (up to a hash collision).
 
-        valid: (B, T) bool, None for all.
+        valid: (B, T) bool, None for all. What it leaves out may have been read all the same, all of it or what does
+        not come before a row's first token: transformers takes pad tokens for padding where no mask is given, and
+        rows that ended early have read theirs.
 
         Raises:
             ValueError: they are in some rows and in others not, so that there is no telling what is meant.
         """
         if self.fingerprint is None or input_ids.shape != (self.batch_size, self.seen_tokens):
             return False
-        same = _fingerprint(None, input_ids, valid).to(self.fingerprint.device) == self.fingerprint
+        masks = [None] if valid is None else [valid, valid.cummax(1).values, None]
+        same = torch.zeros(self.batch_size, dtype=torch.bool, device=self.fingerprint.device)
+        for mask in masks:
+            same |= _fingerprint(None, input_ids, mask).to(same.device) == self.fingerprint
         if same.any() and not same.all():
             rows = (~same).nonzero()[:, 0].tolist()
             raise ValueError(
                 f"past_key_values has read other tokens than the given ids begin with in rows {rows}, the same in the "
-                "rest (rows that ended early have read their padding): give only new ids, or no past_key_values"
+                "rest: give only new ids, or no past_key_values"
             )
         return bool(same.all())
 
@@ -211,8 +224,18 @@ class RwkvCache(Cache):
             other.layers = [LayerState(s.time_mix.to(dtype), s.channel_mix.to(dtype), s.wkv) for s in other.layers]
         return other
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the state to a safetensors file, whole or not at all."""
+    def save(
+        self, path: str | os.PathLike, model: PreTrainedModel | None = None, notes: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the state to a safetensors file, whole or not at all.
+
+        Args:
+            model: the one that it is a state of: :meth:`load` then tells others of the same sizes apart.
+            notes: words of your own to keep with it, see :func:`saved_notes`.
+
+        Raises:
+            ValueError: there is no state yet, or its sizes are not those of ``model``.
+        """
         if not self.layers:
             raise ValueError("this RwkvCache is empty, there is nothing to save: run the model on some tokens first")
         tensors = {
@@ -222,11 +245,14 @@ class RwkvCache(Cache):
         }
         if self.fingerprint is not None:
             tensors["fingerprint"] = self.fingerprint
-        metadata = {
+        metadata = {f"notes.{name}": text for name, text in (notes or {}).items()} | {
             "format": _FORMAT,
             "seen_tokens": str(self.seen_tokens),
             "num_layers": str(len(self.layers)),
         }
+        if model is not None:
+            self.check_sizes(model.config, "the state")
+            metadata["model"] = model_fingerprint(model)
         path = Path(path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             temporary = Path(folder) / path.name
@@ -234,31 +260,76 @@ class RwkvCache(Cache):
             temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "RwkvCache":
-        """Read what :meth:`save` wrote.
+    def load(
+        cls, path: str | os.PathLike, device: torch.device | str = "cpu", model: PreTrainedModel | None = None
+    ) -> "RwkvCache":
+        """Read what :meth:`save` wrote; with ``model``, only if it is a state of that model.
+
+        Without ``model``, sizes are checked when a model is first given the state.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is not a saved RwkvCache.
+            ValueError: the file is not a saved RwkvCache; or it is of another model: of other sizes, or, where the
+                file was saved with its model, of other weights.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is not a file: give the path that RwkvCache.save() wrote")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is a safetensors file but not a saved RwkvCache")
-                cache = cls()
-                cache.seen_tokens = int(metadata["seen_tokens"])
-                cache.layers = [
-                    LayerState(*(file.get_tensor(f"layers.{i}.{name}") for name in LayerState._fields))
-                    for i in range(int(metadata["num_layers"]))
-                ]
-                if "fingerprint" in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-                    cache.fingerprint = file.get_tensor("fingerprint")
-                return cache
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
+        with _opened(path, device) as file:
+            metadata = file.metadata()
+            cache = cls()
+            cache.seen_tokens = int(metadata["seen_tokens"])
+            cache.layers = [
+                LayerState(*(file.get_tensor(f"layers.{i}.{name}") for name in LayerState._fields))
+                for i in range(int(metadata["num_layers"]))
+            ]
+            if "fingerprint" in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                cache.fingerprint = file.get_tensor("fingerprint")
+        if model is not None:
+            cache.check_sizes(model.config, f"the state in {path}")
+            saved = metadata.get("model")
+            if saved is not None and saved != (found := model_fingerprint(model)):
+                raise ValueError(
+                    f"the state in {path} comes from another model of these sizes: its fingerprint is {saved}, "
+                    f"this model's is {found}"
+                )
+        return cache
+
+
+def saved_notes(path: str | os.PathLike) -> dict[str, str]:
+    """The notes that :meth:`RwkvCache.save` put into a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a saved RwkvCache.
+    """
+    with _opened(path) as file:
+        found = file.metadata().items()
+    return {name.removeprefix("notes."): text for name, text in found if name.startswith("notes.")}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits that tell models of the same sizes apart, by what training changes and little else does.
+
+    They are of time_decay and time_first, rounded to bfloat16: training moves them, and loading in another dtype,
+    quantization and adapters on matrices leave them as they are.
+    """
+    digest = hashlib.sha256()
+    for name, x in model.named_parameters():
+        if name.endswith(("time_decay", "time_first")):
+            digest.update(x.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file of a saved RwkvCache; what is found to be missing in it becomes a ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file: give the path that RwkvCache.save() wrote")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            if (file.metadata() or {}).get("format") != _FORMAT:
+                raise ValueError(f"{path} is a safetensors file but not a saved RwkvCache")
+            yield file
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
 
 
 def _fingerprint(before: Tensor | None, input_ids: Tensor, valid: Tensor | None) -> Tensor:

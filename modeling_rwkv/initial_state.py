@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
@@ -64,7 +65,7 @@ class RwkvInitialState(nn.Module):
         return cache
 
 
-def read_initial_state(path: str | os.PathLike | RwkvCache, config: RwkvConfig) -> RwkvCache:
+def read_initial_state(path: str | os.PathLike | RwkvCache, model: PreTrainedModel) -> RwkvCache:
     """A state to begin with, from a cache, a file or a folder with a file ``FILE``, once it is known to fit a model.
 
     Raises:
@@ -75,10 +76,10 @@ def read_initial_state(path: str | os.PathLike | RwkvCache, config: RwkvConfig) 
         name, cache = "the state", path
     else:
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        name, cache = f"the state in {path}", RwkvCache.load(path)
+        name, cache = f"the state in {path}", RwkvCache.load(path, model=model)
     if not cache.layers:
         raise ValueError(f"{name} is empty: run a model on some tokens first, or give None to begin with nothing")
     if cache.batch_size != 1:
         raise ValueError(f"{name} has {cache.batch_size} rows: a model begins with one; select a row of it")
-    cache.check_sizes(config, name)
+    cache.check_sizes(model.config, name)
     return cache

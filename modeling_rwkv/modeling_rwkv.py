@@ -142,7 +142,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         if state is None:
             model.initial_state = None
         else:
-            state = read_initial_state(state, model.config)
+            state = read_initial_state(state, model)
             like = model.embeddings.weight
             with torch.inference_mode(False):  # whose tensors could not be trained
                 model.initial_state = RwkvInitialState(model.config)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from models import SHAPES, agree, contents, gradients, make, row_of, same, text
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from modeling_rwkv import RwkvCache
-from modeling_rwkv.cache import LayerState
+from modeling_rwkv.cache import LayerState, saved_notes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -260,6 +261,12 @@ def test_a_cache_knows_what_it_has_read():
     other = ids.clone()
     other[0, :3] = 0
     assert cache.has_read(other, mask != 0) and not cache.has_read(ids[:, 1:])
+    holes = mask.clone()
+    holes[0, 5] = holes[1, 2] = holes[1, 7] = 0  # padding only in the eyes of who guessed this mask
+    assert cache.has_read(other, holes != 0)
+    other[1, 2] += 1
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        cache.has_read(other, holes != 0)
 
 
 # Files
@@ -308,6 +315,52 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "int8"])
+def test_a_saved_cache_is_loaded_with_its_model_in_any_dtype(dtype, tmp_path):
+    model = make(seed=1)
+    model.save_pretrained(tmp_path)
+    read(model, text(1, 6)).save(tmp_path / "state", model)
+    if dtype == "int8":
+        for module in model.modules():  # as quantizers do: vectors stay
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert RwkvCache.load(tmp_path / "state", model=model).seen_tokens == 6
+
+
+def test_a_saved_cache_is_refused_with_another_model(tmp_path):
+    """By sizes always, by weights where the model was known, and before it is used."""
+    model = make(seed=1)
+    read(model, text(1, 6)).save(tmp_path / "known", model)
+    read(model, text(1, 6)).save(tmp_path / "unknown")
+    for name in ("known", "unknown"):
+        for change in ({"num_hidden_layers": 2}, {"hidden_size": 16}, {"attention_hidden_size": 16}):
+            with pytest.raises(ValueError, match=f"{name} comes from another model: its layers"):
+                RwkvCache.load(tmp_path / name, model=make(**change))
+    assert RwkvCache.load(tmp_path / "unknown", model=make(seed=2)).seen_tokens == 6
+    with pytest.raises(ValueError, match="known comes from another model of these sizes"):
+        RwkvCache.load(tmp_path / "known", model=make(seed=2))
+    with pytest.raises(ValueError, match="known comes from another model of these sizes"):
+        make(seed=2).set_initial_state(tmp_path / "known")
+    trained = make(seed=1)
+    for name, x in trained.named_parameters():
+        x.data.mul_(1 + 1e-2 * name.endswith("time_first"))
+    with pytest.raises(ValueError, match="known comes from another model of these sizes"):
+        RwkvCache.load(tmp_path / "known", model=trained)
+    with pytest.raises(ValueError, match="another model"):
+        read(model, text(1, 6)).save(tmp_path / "known", make(hidden_size=16))
+
+
+def test_notes_are_kept_with_a_cache(tmp_path):
+    cache, notes = read(make(), text(1, 6)), {"format": "mine", "a tale": '{"狐狸": [1, "\n"]}', "": ""}
+    cache.save(tmp_path / "state", notes=notes)
+    assert saved_notes(tmp_path / "state") == notes
+    same(flat(RwkvCache.load(tmp_path / "state")), flat(cache))
+    cache.save(tmp_path / "state")
+    assert saved_notes(tmp_path / "state") == {}
+
+
 def test_an_empty_cache_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="empty"):
         RwkvCache().save(tmp_path / "state")
@@ -343,6 +396,9 @@ def test_another_or_a_damaged_file_is_refused(kind, tmp_path):
     damage(tmp_path / "state", kind)
     with pytest.raises(ValueError, match="saved RwkvCache"):
         RwkvCache.load(tmp_path / "state")
+    if kind not in ("truncated", "without a layer", "without its numbers"):  # whose header is whole
+        with pytest.raises(ValueError, match="saved RwkvCache"):
+            saved_notes(tmp_path / "state")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -201,6 +201,32 @@ def test_continuing_needs_no_mask(model, length):
         same(model.generate(given, past_key_values=cache.clone(), **options)[:, -NEW:], expected)
 
 
+@pytest.mark.parametrize("prompts", [(5, 5), (2, 7)], ids=["equal", "padded"])
+@torch.no_grad()
+def test_continuing_the_whole_text_may_hold_the_pad_token(model, prompts):
+    """Where no mask says otherwise transformers takes it for padding, also where a row wrote it or ended early."""
+    ids, mask = padded(rows(*prompts), filler=60)
+    written = torch.cat([ids, torch.tensor([[3, 60, 4], [5, 6, 60]])], dim=1)
+    cache = model(written, attention_mask=torch.cat([mask, torch.ones(2, 3)], dim=1)).past_key_values
+    more, read = text(2, 4), []
+    hook = model.register_forward_pre_hook(lambda _, __, inputs: read.append(inputs["input_ids"]), with_kwargs=True)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 60}
+    given = model.generate(torch.cat([written, more], dim=1), past_key_values=cache.clone(), **options)
+    hook.remove()
+    same(read[0], more)
+    agree(given[:, -1], model(more, past_key_values=cache).logits[:, -1].argmax(-1))
+
+
+@torch.no_grad()
+def test_one_prompt_serves_a_batch_of_conversations(model):
+    prompt, (ids, mask) = text(1, 9), padded(rows(2, 5, 3), filler=60)
+    many = model(prompt).past_key_values
+    many.batch_repeat_interleave(3)
+    whole = torch.cat([prompt.expand(3, -1), ids], dim=1)
+    expected = grow(model, whole, torch.cat([torch.ones(3, 9), mask], dim=1))
+    same(grow(model, ids, mask, past_key_values=many), expected)
+
+
 @pytest.mark.parametrize("length", [3, 40])
 def test_continuing_may_be_from_embeddings(model, length):
     """The whole, or what is new where that is shorter than the past."""
