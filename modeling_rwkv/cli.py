@@ -7,7 +7,6 @@ torch and transformers take seconds to import, so only the commands do, never th
 import importlib.metadata
 import io
 import json
-import math
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -15,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from modeling_rwkv import cli_eval, cli_training
-from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, number, write
+from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, write
+from modeling_rwkv.cli_options import Device, Dtype, MaxNewTokens, Seed, State, Temperature, TopK, TopP
 
 app = typer.Typer(
     cls=Commands,
@@ -97,44 +97,6 @@ Model = Annotated[
     str | None,
     typer.Option(help="Folder of a model, or its name on the Hugging Face Hub. [default: the model in the box]"),
 ]
-State = Annotated[str | None, typer.Option(help="File of a state to begin with, as state tuning makes them.")]
-Temperature = Annotated[
-    float,
-    number(
-        "--temperature",
-        "Higher is wilder; 0 takes the likeliest token.",
-        # Divided by less, logits leave the range of float32.
-        lambda x: x == 0 or 1e-3 <= x < math.inf,
-        "0 for the likeliest text, or 0.001 and more",
-    ),
-]
-TopP = Annotated[
-    float,
-    number(
-        "--top-p",
-        "Draw from the likeliest tokens that sum up to this.",
-        lambda x: 0 < x <= 1,
-        "1 for no limit, or a number between 0 and 1 such as 0.9",
-    ),
-]
-TopK = Annotated[int | None, count("--top-k", "Draw from this many tokens. [default: no limit]")]
-Seed = Annotated[
-    int | None,
-    number(
-        "--seed",
-        "Draw the same text again. [default: another each time]",
-        lambda x: 0 <= x < 2**64,
-        "a whole number from 0 to 2^64 - 1",
-        int,
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="float32, bfloat16, float16 or float64; auto is float32 on a CPU, "
-        "and what the checkpoint is stored in on a GPU."
-    ),
-]
 
 
 @app.command()
@@ -142,12 +104,12 @@ def generate(
     prompt: Prompt,
     model: Model = None,
     state: State = None,
-    max_new_tokens: Annotated[int, count("--max-new-tokens", "Tokens to write at most.")] = 200,
+    max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.8,
     top_p: TopP = 0.9,
     top_k: TopK = None,
     seed: Seed = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is cuda if there is one.")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
     debug: Debug = False,
