@@ -29,7 +29,7 @@ from transformers.utils import logging
 from modeling_rwkv import demo_model_path
 from rwkv_kernels.build_cache import KernelWarning
 
-SMALL_MODEL = 30_000_000  # parameters; see _few_threads
+SMALL_MODEL = 30_000_000  # parameters; see few_threads
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each perhaps in shards, with an index
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -89,6 +89,11 @@ class TextPieces(BaseStreamer):
         self._tokenizer, self._write = tokenizer, write
         self._ids: list[int] = []
         self._begin = self._written = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the text of every token is written."""
+        return self._written == len(self._ids)
 
     def put(self, value: Tensor) -> None:
         is_prompt = not self._ids
@@ -172,7 +177,7 @@ def load(name: str | None, device: torch.device, dtype: torch.dtype | str) -> tu
     if path.exists():
         _check_files(path)
     tokenizer = _load_tokenizer(source)
-    with _explained(device):
+    with explained(device):
         return _load_model(source, dtype).to(device).eval(), tokenizer
 
 
@@ -274,7 +279,7 @@ def _unreadable(part: str, source: str, error: Exception) -> GenerateError:
 
 
 @contextmanager
-def _few_threads(model: Any) -> Iterator[None]:
+def few_threads(model: Any) -> Iterator[None]:
     """One thread for a small model on a CPU: its steps take less time than threads take to meet.
 
     The model in the box writes 250 tokens/s on one thread and, where another program is busy too, 3 to 80 on two.
@@ -288,6 +293,23 @@ def _few_threads(model: Any) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def encode(model: Any, tokenizer: Any, text: str, **options: Any) -> Tensor:
+    """The ids (1, n) of a text, on the device of the model.
+
+    Raises:
+        GenerateError: it has no tokens, or tokens that the model does not know.
+    """
+    ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False, **options)["input_ids"]
+    if ids.numel() == 0:
+        raise GenerateError(f"the prompt {text!r} is nothing to this model's tokenizer: write something else")
+    if int(ids.max()) >= model.config.vocab_size:
+        raise GenerateError(
+            f"the tokenizer gives token {int(ids.max())} but the model knows {model.config.vocab_size} tokens: "
+            "put the tokenizer of the model's training beside its weights"
+        )
+    return ids.to(model.device)
+
+
 def generate(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampling: Sampling, write: Callable[[str], object]
 ) -> Generated:
@@ -296,15 +318,7 @@ def generate(
     Raises:
         GenerateError: the prompt has no tokens, or tokens that the model does not know.
     """
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    ids = inputs["input_ids"]
-    if ids.numel() == 0:
-        raise GenerateError(f"the prompt {prompt!r} is nothing to this model's tokenizer: write something else")
-    if int(ids.max()) >= model.config.vocab_size:
-        raise GenerateError(
-            f"the tokenizer gives token {int(ids.max())} but the model knows {model.config.vocab_size} tokens: "
-            "put the tokenizer of the model's training beside its weights"
-        )
+    ids = encode(model, tokenizer, prompt)
     seed = sampling.seed
     if sampling.temperature == 0:
         seed = None
@@ -319,9 +333,10 @@ def generate(
         write(piece)
 
     start = time.perf_counter()
-    with _explained(model.device), _few_threads(model):
+    with explained(model.device), few_threads(model):
         output = model.generate(
-            **inputs.to(model.device),
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             streamer=TextPieces(tokenizer, write_piece),
             **sampling.arguments(),
@@ -337,7 +352,7 @@ def generate(
 
 
 @contextmanager
-def _explained(device: torch.device) -> Iterator[None]:
+def explained(device: torch.device) -> Iterator[None]:
     """Errors that have their cause in the size or the numbers of a model."""
     try:
         yield

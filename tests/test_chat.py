@@ -1,0 +1,409 @@
+"""Conversations: the state is that of the text that was rendered, a turn costs its own tokens, and nothing is lost."""
+
+import json
+
+import pytest
+import torch
+from models import agree, contents, make, same
+from transformers import LogitsProcessor
+
+from modeling_rwkv import RwkvCache, RwkvTokenizer
+from modeling_rwkv.cache import saved_notes
+from modeling_rwkv.chat import Conversation
+from modeling_rwkv.chat_templates import CHAT_TEMPLATES
+
+WORDS = ["\n\n", ".\n\n", "User", "User:", "Assistant", "# Instr", " the", "the ", " a"]
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEMPLATES = {name: template.text for name, template in CHAT_TEMPLATES.items()} | {"none": None, "chatml": CHATML}
+STOPS = {name: list(template.stop_strings) for name, template in CHAT_TEMPLATES.items()} | {"chatml": None}
+ANSWERS = {  # what is generated
+    "ends before a stop string": [" the end\n\n"],
+    "is cut by the limit": [" the en"],
+    "shares a token with the stop string": [" the end.\n\n"],
+    "has a line break": [" the\nend \n x\n\n"],
+    "ends with the end of text": [" the end", 0],
+    "is no answer": [0],
+    "is white space": [" \n \n \n"],
+    "begins otherwise": ["\n  the end\n\n"],
+    "has a character of several tokens": [" 狐狸 🙂\n\n"],
+    "stops in a character": [" the 狐狸".encode()[:-1]],
+    "only seems to stop": [" the\n\n# Instruct\n\n# Instruction:"],
+}
+every_template = pytest.mark.parametrize("name", TEMPLATES)
+every_answer = pytest.mark.parametrize("kind", ANSWERS)
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    """Every byte is a token, and some words that reach over the places where turns begin and end."""
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS]
+    tokens.append("🙂".encode()[1:3])
+    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
+    return path
+
+
+class Spoken(LogitsProcessor):
+    """Makes `generate`, after one token of a prompt, say these ids."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        wanted = self.ids[input_ids.shape[1] - 1]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted]), 0.0)
+
+
+class Talk:
+    """A conversation, and every token that its model reads."""
+
+    def __init__(self, vocab, name="world", seed=0, **options):
+        self.tokenizer = RwkvTokenizer(vocab)
+        self.tokenizer.chat_template = TEMPLATES[name]
+        self.model = make({"vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 2}, seed=seed)
+        self.model.generation_config.update(eos_token_id=0, pad_token_id=0, stop_strings=STOPS.get(name))
+        self.read, self.kept, self.counts = [], [], []
+        self.model.base_model.register_forward_pre_hook(self._log, with_kwargs=True)
+        self.conversation = Conversation(self.model, self.tokenizer, **options)
+
+    def _log(self, module, args, options):
+        ids = args[0] if args else options["input_ids"]
+        self.read += ids[0].tolist()
+
+    def ids(self, parts):
+        """Of texts, bytes and ids."""
+        found = []
+        for part in parts:
+            if isinstance(part, int):
+                found.append(part)
+            else:
+                data = part.encode() if isinstance(part, str) else part
+                found += self.tokenizer.encode_bytes(data)
+        return found
+
+    def say(self, message, answer, write=str):
+        """Returns what is answered; ``kept`` become the tokens that the state has read, ``counts`` grow by one."""
+        return self._spoken(self.conversation.say, answer, message, write=write)
+
+    def retry(self, answer, write=str):
+        """From before the last answer: the tokens of the prompt are known, and the last is read again."""
+        return self._spoken(self.conversation.retry, answer, write=write)
+
+    def _spoken(self, method, answer, *args, **options):
+        ids, self.read = self.ids(answer), []
+        try:
+            limit = {"max_new_tokens": len(ids), "do_sample": False}
+            return method(*args, logits_processor=[Spoken(ids)], **limit, **options)
+        finally:
+            self.counts.append(len(self.read))
+
+    def keep(self):
+        """After `say`: what the state has read, of what was read in this turn."""
+        new = list(self.read)
+        while not self.conversation.place.state.has_read(torch.tensor([self.kept + new])):
+            new.pop()
+        self.kept += new
+        return new
+
+
+def check_state(talk):
+    """It is that of the rendering's beginning, read at once by the same tokens."""
+    place, kept = talk.conversation.place, torch.tensor([talk.kept])
+    assert talk.tokenizer.decode(talk.kept) == place.text
+    rendered = talk.conversation._render(talk.conversation.messages)
+    assert rendered.startswith(place.text)
+    assert talk.conversation.messages[-1]["role"] == "assistant"
+    with torch.no_grad():
+        agree(contents(place.state), contents(talk.model(kept).past_key_values))
+
+
+@every_template
+@every_answer
+def test_the_state_is_that_of_the_rendered_conversation(vocab, name, kind):
+    talk = Talk(vocab, name, system="the rules")
+    for turn, message in enumerate(["the fox?", "a\n狐狸 🙂", "User: x"]):
+        before = talk.conversation.place.text
+        answer = ANSWERS[kind] if turn != 1 else [" a\n\n", *ANSWERS[kind]]
+        talk.say(message, answer)
+        new = talk.keep()
+        check_state(talk)
+        prompt = talk.conversation._turns[-1].prompt
+        piece = talk.tokenizer(prompt[len(before) :], add_special_tokens=False).input_ids
+        assert new[: len(piece)] == piece  # tokenised alone, whatever the turn before
+
+
+EXPECTED = {
+    "ends before a stop string": "the end",
+    "is cut by the limit": "the en",
+    "shares a token with the stop string": "the end.",
+    "has a line break": "the\nend \n x",
+    "ends with the end of text": "the end",
+    "is no answer": "",
+    "is white space": "",
+    "begins otherwise": "the end",
+    "has a character of several tokens": "狐狸 🙂",
+    "stops in a character": "the 狐",
+    "only seems to stop": "the",
+}
+
+
+@pytest.mark.parametrize("name", ["world", "raven", "instruct", "none"])
+@every_answer
+def test_an_answer_is_shown_as_it_comes_and_ends_before_its_stop_string(vocab, name, kind):
+    expected = EXPECTED[kind]
+    if kind == "only seems to stop" and name == "instruct":
+        expected = "the\n\n# Instruct"
+    pieces = []
+    talk = Talk(vocab, name)
+    answer = talk.say("the fox?", ANSWERS[kind], pieces.append)
+    assert answer == "".join(pieces) == talk.conversation.messages[-1]["content"] == expected
+    assert all(piece for piece in pieces)
+    if kind == "has a character of several tokens" and name != "instruct":
+        assert pieces == ["狐", "狸", " 🙂"]
+
+
+def test_an_answer_ends_where_the_model_ends_it(vocab):
+    """And nowhere else: text after a stop string is not generated."""
+    talk = Talk(vocab)
+    assert talk.say("the fox?", [" the end\n\n", "User: no"]) == "the end"
+    assert talk.counts[0] == len(talk.conversation._turns[0].ids[0]) + len(talk.ids([" the end\n\n"])) - 1
+
+
+def test_a_turn_costs_its_own_tokens(vocab):
+    """However long the talk: the message, what stands around it, and the answer, but for the answer's last token."""
+    talk = Talk(vocab)
+    answer = [" the end of 狐狸\n\n"]
+    for _ in range(12):
+        talk.say("the fox?", answer)
+    piece = talk.tokenizer("\n\nUser: the fox?\n\nAssistant:").input_ids
+    assert set(talk.counts[1:]) == {len(piece) + len(talk.ids(answer)) - 1}
+    talk.retry(answer)
+    assert talk.counts[-1] == len(talk.ids(answer))
+    talk.conversation.undo()
+    talk.retry(answer)
+    assert talk.counts[-1] == len(talk.ids(answer))
+
+
+@pytest.mark.parametrize("name", ["world", "none", "chatml"])
+def test_the_answers_are_those_of_the_whole_text(vocab, name):
+    """Greedily; here with a token a byte, so that a text has the same tokens at once and in pieces."""
+    talk = Talk(vocab, name, system="the rules")
+    talk.tokenizer._tokenizer = RwkvTokenizer(vocab.with_name("bytes.txt")).backend_tokenizer
+    options = {"max_new_tokens": 9, "do_sample": False, "suppress_tokens": [0, 11, *range(129, 300)]}
+    for message in ("a fox?", "a hen?", "why"):
+        conversation = talk.conversation
+        asked = [*conversation.messages, {"role": "user", "content": message}]
+        ids = talk.tokenizer(conversation._render(asked, asks=True), return_tensors="pt").input_ids
+        whole = talk.model.generate(ids, stop_strings=None, **options)
+        answer = conversation.say(message, **options)
+        assert answer == talk.tokenizer.decode(whole[0, ids.shape[1] :]).strip()
+
+
+@pytest.fixture(autouse=True)
+def bytes_vocab(vocab):
+    path = vocab.with_name("bytes.txt")
+    path.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
+
+
+# Going back
+
+
+def snapshot(conversation):
+    place = conversation.place
+    return conversation.messages, place.text, contents(place.state), place.state.seen_tokens
+
+
+def same_snapshot(actual, expected):
+    assert (actual[:2], actual[3]) == (expected[:2], expected[3])
+    same(actual[2], expected[2])
+
+
+def test_undo_and_retry_go_back_to_the_states_that_were(vocab):
+    talk = Talk(vocab, system="the rules")
+    conversation, points = talk.conversation, []
+    for i in range(4):
+        points.append(snapshot(conversation))
+        talk.say(f"the {i}", [f" a {i}\n\n"])
+    last = snapshot(conversation)
+    assert talk.retry([" another\n\n"]) == "another" and conversation.messages[-1]["content"] == "another"
+    assert talk.retry([" a 3\n\n"]) == "a 3"
+    same_snapshot(snapshot(conversation), last)
+    for i in reversed(range(4)):
+        assert conversation.undo() == f"the {i}"
+        same_snapshot(snapshot(conversation), points[i])
+        if i == 2:
+            talk.say("the 2", [" something else"])
+            assert conversation.undo() == "the 2"
+    for nothing in (conversation.undo, conversation.retry):
+        with pytest.raises(ValueError, match="say something first"):
+            nothing()
+
+
+def test_reset_begins_again_with_the_system_message(vocab):
+    talk = Talk(vocab, system="the rules")
+    new = snapshot(talk.conversation)
+    talk.say("the fox?", [" a\n\n"])
+    talk.conversation.reset()
+    same_snapshot(snapshot(talk.conversation), new)
+    assert talk.conversation.messages == [{"role": "system", "content": "the rules"}]
+    with pytest.raises(ValueError, match="nothing here to undo"):
+        talk.conversation.undo()
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_an_answer_that_is_broken_off_counts_as_far_as_it_was_written(vocab, error, after):
+    talk, pieces = Talk(vocab), []
+
+    def write(piece):
+        pieces.append(piece)
+        if len(pieces) == after:
+            raise error
+
+    talk.say("the fox?", [" a\n\n"])
+    talk.keep()
+    with pytest.raises(error):
+        talk.say("the hen?", [" the end of it\n\n"], write)
+    talk.keep()
+    check_state(talk)
+    assert talk.conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces).strip()}
+    talk.say("why", [" a\n\n"])
+    talk.keep()
+    check_state(talk)
+
+
+def test_what_fails_before_the_answer_changes_nothing(vocab):
+    talk = Talk(vocab)
+    talk.say("the fox?", [" a\n\n"])
+    before = snapshot(talk.conversation)
+
+    def fail(*args):
+        raise Stopped
+
+    hook = talk.model.base_model.register_forward_pre_hook(fail)
+    for method in (lambda: talk.say("the hen?", [" a"]), lambda: talk.retry([" a"])):
+        with pytest.raises(Stopped):
+            method()
+        same_snapshot(snapshot(talk.conversation), before)
+    hook.remove()
+    assert talk.conversation.undo() == "the fox?"
+
+
+def test_a_talk_begins_with_the_state_of_the_model(vocab):
+    talk, plain = Talk(vocab), Talk(vocab)
+    with torch.no_grad():
+        state = plain.model(torch.tensor([[5, 6, 7]])).past_key_values
+    talk.model.set_initial_state(state)
+    for each in (talk, plain):
+        each.say("the fox?", [" a\n\n"])
+    with torch.no_grad():
+        read = torch.tensor([[*plain.kept, *plain.keep()]])
+        expected = plain.model(read, past_key_values=state).past_key_values
+    agree(contents(talk.conversation.place.state), contents(expected))
+
+
+# Files
+
+
+def test_a_saved_talk_goes_on(vocab, tmp_path):
+    talk, path = Talk(vocab, system="the rules"), tmp_path / "talk"
+    with pytest.raises(ValueError, match="nothing has been said"):
+        talk.conversation.save(path)
+    talk.say("the 狐狸?", [" a\n\n"])
+    talk.say("the hen?", [" the end.\n\n"])
+    talk.conversation.save(path)
+    other = Talk(vocab, system="other rules")
+    other.say("the hen", [" a\n\n"])
+    other.conversation.load(path)
+    same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
+    with pytest.raises(ValueError, match="nothing here to undo"):
+        other.conversation.undo()
+    for each in (talk, other):
+        each.say("why", [" the fox\n\n"])
+    same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
+    assert RwkvCache.load(path, model=talk.model).seen_tokens > 0
+    assert json.loads(saved_notes(path)["conversation"])["messages"][1]["content"] == "the 狐狸?"
+
+
+def rewritten(path, note):
+    RwkvCache.load(path).save(path, notes={} if note is None else {"conversation": note})
+
+
+REFUSED = {  # what was saved: what is said
+    "another model's": "another model of these sizes",
+    "a state": "holds a state but no conversation",
+    "another template's": "another chat template",
+    "a later format's": "format 2",
+    "not JSON": "damaged",
+    "something else": "damaged",
+    "a text": "not a saved RwkvCache",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_another_file_is_refused_and_changes_nothing(vocab, tmp_path, kind):
+    path = tmp_path / "talk"
+    saved = Talk(vocab, "raven" if kind == "another template's" else "world", seed=int(kind == "another model's"))
+    saved.say("the fox?", [" a\n\n"])
+    saved.conversation.save(path)
+    notes = {"a state": None, "a later format's": '{"version": 2}', "not JSON": "{", "something else": "[]"}
+    if kind in notes:
+        rewritten(path, notes[kind])
+    if kind == "a text":
+        path.write_text("User: the fox?")
+    talk = Talk(vocab)
+    talk.say("the hen", [" a\n\n"])
+    before = snapshot(talk.conversation)
+    with pytest.raises(ValueError, match=REFUSED[kind]):
+        talk.conversation.load(path)
+    with pytest.raises(FileNotFoundError):
+        talk.conversation.load(tmp_path / "nothing")
+    same_snapshot(snapshot(talk.conversation), before)
+    assert talk.conversation.undo() == "the hen"
+
+
+# Templates that do not fit
+
+
+FORGETS = "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+REWRITES = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('=')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+)
+
+
+def test_a_template_that_changes_what_was_said_is_refused(vocab):
+    talk = Talk(vocab)
+    for template in (FORGETS, "{{ messages | length }} messages" + CHATML):
+        talk.tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="changes what was said before"):
+            Conversation(talk.model, talk.tokenizer)
+
+
+def test_a_template_that_changes_an_answer_is_refused_when_it_does(vocab):
+    talk = Talk(vocab)
+    talk.tokenizer.chat_template = REWRITES
+    talk.conversation = Conversation(talk.model, talk.tokenizer)
+    talk.say("why", ["the\n\n"])
+    talk.say("why", ["because=the\n\n"])
+    before = snapshot(talk.conversation)
+    with pytest.raises(ValueError, match="changes what was said before"):
+        talk.say("why", ["the\n\n"])
+    same_snapshot(snapshot(talk.conversation), before)
+    assert talk.conversation.undo() == "why"
+    talk.say("why", ["the\n\n"])
+
+
+def test_a_template_may_refuse(vocab):
+    talk = Talk(vocab)
+    talk.tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' }}" + CHATML
+    with pytest.raises(ValueError, match="refuses the messages: no system here"):
+        Conversation(talk.model, talk.tokenizer, system="the rules")
+    assert Conversation(talk.model, talk.tokenizer).say("why", max_new_tokens=2) is not None
