@@ -172,14 +172,21 @@ def test_an_answer_ends_where_the_model_ends_it(vocab):
     assert talk.counts[0] == len(talk.conversation._turns[0].ids[0]) + len(talk.ids([" the end\n\n"])) - 1
 
 
-def test_a_turn_costs_its_own_tokens(vocab):
+COSTS = {  # what stands around a message, and an answer that ends by several tokens
+    "world": ("\n\nUser: the fox?\n\nAssistant:", [" the end of 狐狸", "\n", "\n"]),
+    "instruct": ("\n\n# Instruction:\nthe fox?\n\n# Response:\n", ["the end of 狐狸\n\n# Instruction:"]),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_turn_costs_its_own_tokens(vocab, name):
     """However long the talk: the message, what stands around it, and the answer, but for the answer's last token."""
-    talk = Talk(vocab)
-    answer = [" the end of 狐狸\n\n"]
+    talk, (around, answer) = Talk(vocab, name), COSTS[name]
     for _ in range(12):
         talk.say("the fox?", answer)
-    piece = talk.tokenizer("\n\nUser: the fox?\n\nAssistant:").input_ids
-    assert set(talk.counts[1:]) == {len(piece) + len(talk.ids(answer)) - 1}
+    piece = len(talk.tokenizer(around).input_ids)
+    assert piece - 2 <= talk.counts[1] - len(talk.ids(answer)) + 1 <= piece  # line breaks may have been read before
+    assert set(talk.counts[1:]) == {talk.counts[1]}
     talk.retry(answer)
     assert talk.counts[-1] == len(talk.ids(answer))
     talk.conversation.undo()
@@ -187,11 +194,24 @@ def test_a_turn_costs_its_own_tokens(vocab):
     assert talk.counts[-1] == len(talk.ids(answer))
 
 
+@pytest.mark.parametrize("message", ["x", "xx", "xxx", "🙂"])
+def test_a_prompt_may_be_a_token_or_one_token_again_and_again(vocab, message):
+    talk = Talk(vocab)
+    talk.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    talk.conversation = Conversation(talk.model, talk.tokenizer)
+    for _ in range(3):
+        assert talk.say(message, ["xx", 0]) == "xx"
+        talk.keep()
+        check_state(talk)
+
+
 @pytest.mark.parametrize("name", ["world", "none", "chatml"])
 def test_the_answers_are_those_of_the_whole_text(vocab, name):
     """Greedily; here with a token a byte, so that a text has the same tokens at once and in pieces."""
     talk = Talk(vocab, name, system="the rules")
-    talk.tokenizer._tokenizer = RwkvTokenizer(vocab.with_name("bytes.txt")).backend_tokenizer
+    bytes_alone = vocab.with_name("bytes.txt")
+    bytes_alone.write_text("".join(vocab.read_text().splitlines(keepends=True)[:256]))
+    talk.tokenizer._tokenizer = RwkvTokenizer(bytes_alone).backend_tokenizer
     options = {"max_new_tokens": 9, "do_sample": False, "suppress_tokens": [0, 11, *range(129, 300)]}
     for message in ("a fox?", "a hen?", "why"):
         conversation = talk.conversation
@@ -200,12 +220,6 @@ def test_the_answers_are_those_of_the_whole_text(vocab, name):
         whole = talk.model.generate(ids, stop_strings=None, **options)
         answer = conversation.say(message, **options)
         assert answer == talk.tokenizer.decode(whole[0, ids.shape[1] :]).strip()
-
-
-@pytest.fixture(autouse=True)
-def bytes_vocab(vocab):
-    path = vocab.with_name("bytes.txt")
-    path.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
 
 
 # Going back
