@@ -1,4 +1,4 @@
-"""The `rwkv` command: parse, call the library, print. Training and evaluation are in cli_training.py and cli_eval.py.
+"""The `rwkv` command: parse, call the library, print. Other commands are in cli_chat.py, cli_training.py, cli_eval.py.
 
 Text goes to standard output, everything about it to standard error. An error is one line there and exit code 2.
 torch and transformers take seconds to import, so only the commands do, never these files.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling_rwkv import cli_eval, cli_training
+from modeling_rwkv import cli_chat, cli_eval, cli_training
 from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, write
 from modeling_rwkv.cli_options import Device, Dtype, MaxNewTokens, Seed, State, Temperature, TopK, TopP
 
@@ -51,6 +51,7 @@ def rwkv(
     \b
     Examples:
       rwkv generate "Once upon a time"
+      rwkv chat my-model/
       rwkv convert RWKV-4-Pile-169M.pth my-model/ --tokenizer tokenizer.json
       rwkv doctor
     """
@@ -58,6 +59,7 @@ def rwkv(
         typer.echo(context.get_help())
 
 
+app.add_typer(cli_chat.app)
 app.add_typer(cli_training.app)
 app.add_typer(cli_eval.app)
 

@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         except CommandError as error:
             self.fail(str(error))
         except OSError as error:
-            self.fail(_explain(error))
+            self.fail(explain(error))
         except typer.Abort:
             code = 130
         sys.exit(code or 0)
@@ -47,7 +47,8 @@ class Commands(TyperGroup):
         sys.exit(2)
 
 
-def _explain(error: OSError) -> str:
+def explain(error: OSError) -> str:
+    """It in a sentence, with a cure."""
     name = f"{error.filename}: " if error.filename else ""
     cures = {
         errno.ENOSPC: "free some space, or choose another disk",

@@ -56,6 +56,14 @@ class Sampling:
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or 0}
         return alone | chosen | {"do_sample": True}
 
+    def plant(self) -> int | None:
+        """Seed the draws to come; returns the seed, None where nothing is drawn."""
+        if self.temperature == 0:
+            return None
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        torch.manual_seed(seed)
+        return seed
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -319,12 +327,7 @@ def generate(
         GenerateError: the prompt has no tokens, or tokens that the model does not know.
     """
     ids = encode(model, tokenizer, prompt)
-    seed = sampling.seed
-    if sampling.temperature == 0:
-        seed = None
-    else:
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        torch.manual_seed(seed)
+    seed = sampling.plant()
     write(prompt)
     pieces: list[str] = []
 
