@@ -103,7 +103,7 @@ class Conversation:
         ids = encode(self.model, self.tokenizer, new, add_special_tokens=False, split_special_tokens=self._is_plain)
         state = self.place.state.clone()
         if ids.shape[1] > 1:
-            self.model.base_model(input_ids=ids[:, :-1], past_key_values=state, use_cache=True)
+            self.model.base_model(ids[:, :-1], past_key_values=state, use_cache=True)
         return self._answer(Turn((self.messages, self.place), messages, prompt, ids, state), write, options)
 
     def retry(self, write: Write = str, **options: Any) -> str:

@@ -66,12 +66,8 @@ class Talk:
         self.model = make({"vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 2}, seed=seed)
         self.model.generation_config.update(eos_token_id=0, pad_token_id=0, stop_strings=STOPS.get(name))
         self.read, self.kept, self.counts = [], [], []
-        self.model.base_model.register_forward_pre_hook(self._log, with_kwargs=True)
+        self.model.base_model.register_forward_pre_hook(lambda _, given: self.read.extend(given[0][0].tolist()))
         self.conversation = Conversation(self.model, self.tokenizer, **options)
-
-    def _log(self, module, args, options):
-        ids = args[0] if args else options["input_ids"]
-        self.read += ids[0].tolist()
 
     def ids(self, parts):
         """Of texts, bytes and ids."""
