@@ -55,24 +55,36 @@ class Turn:
 
 
 class Conversation:
-    """A talk with a model. Copies of its state, three for each turn, are kept for `undo` and `retry`.
+    """A talk with a model. Copies of its state, two for each turn, are kept for `undo` and `retry`.
 
     `place` is how far the model has read, `messages` what was said, as `apply_chat_template` takes it.
 
     Args:
-        model: an `RwkvForCausalLM` in eval mode, whose generation config says where an answer ends: at which tokens,
-            and, where the tokenizer has a template, before which stop strings.
-        tokenizer: with a chat template; without one, messages are written as World models do (chat_templates.py).
+        model: an `RwkvForCausalLM` in eval mode. An answer ends at the end-of-text tokens of its generation config.
+        tokenizer: of the model.
         system: the system message, read with the first message of the user.
+        template: how messages are written, and before what an answer ends: one of chat_templates.py. By default the
+            tokenizer's chat template and the stop strings of the model's generation config, or else "world".
 
     Raises:
-        ValueError: the template refuses such messages, or changes what was said before when more is said.
+        ValueError: there is no such template, or it refuses such messages, or changes what was said before when more
+            is said.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+        template: str | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._is_plain = not tokenizer.chat_template
-        stops = CHAT_TEMPLATES["world"].stop_strings if self._is_plain else model.generation_config.stop_strings or ()
+        if template is None and not tokenizer.chat_template:
+            template = "world"
+        if template is not None and template not in CHAT_TEMPLATES:
+            raise ValueError(f"the template is {template!r}: choose {', '.join(CHAT_TEMPLATES)}")
+        self._template = None if template is None else CHAT_TEMPLATES[template]
+        stops = self._template.stop_strings if self._template else model.generation_config.stop_strings or ()
         self._stops = [stops] if isinstance(stops, str) else list(stops)
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._check_template()
@@ -100,7 +112,9 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": message}]
         prompt = self._render(messages, asks=True)
         new = _after(self.place.text, prompt)
-        ids = encode(self.model, self.tokenizer, new, add_special_tokens=False, split_special_tokens=self._is_plain)
+        ids = encode(
+            self.model, self.tokenizer, new, add_special_tokens=False, split_special_tokens=self._template is not None
+        )
         state = self.place.state.clone()
         if ids.shape[1] > 1:
             self.model.base_model(ids[:, :-1], past_key_values=state, use_cache=True)
@@ -184,7 +198,7 @@ class Conversation:
 
     def _render(self, messages: list[Message], asks: bool = False) -> str:
         """The text of a conversation; ``asks``: and the beginning of an answer."""
-        template = CHAT_TEMPLATES["world"].text if self._is_plain else None
+        template = self._template and self._template.text
         try:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=asks

@@ -20,6 +20,10 @@ def chat(
         typer.Argument(metavar="MODEL", help="Folder or Hub id of an RWKV-4. [default: the model in the box]"),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="world, raven or instruct: how messages are written. [default: the tokenizer's, or world]"),
+    ] = None,
     state: State = None,
     max_new_tokens: MaxNewTokens = 500,
     temperature: Temperature = 0.8,
@@ -39,6 +43,7 @@ def chat(
     Examples:
       rwkv chat my-world-model/
       rwkv chat my-world-model/ --system "You answer in one word." --temperature 0
+      rwkv chat RWKV/rwkv-raven-1b5 --template raven
       echo "Name a color." | rwkv chat my-world-model/
     """
     from modeling_rwkv import generation
@@ -51,7 +56,9 @@ def chat(
             loaded, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
             if state is not None:
                 generation.begin_with(loaded, state)
-            talk = Talk(Conversation(loaded, tokenizer, system), sampling.arguments(), max_new_tokens=max_new_tokens)
+            talk = Talk(
+                Conversation(loaded, tokenizer, system, template), sampling.arguments(), max_new_tokens=max_new_tokens
+            )
             if model is None:
                 _say("The model in the box writes stories and has learned no chat: give a model that has.")
             sampling.plant()

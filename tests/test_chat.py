@@ -411,6 +411,19 @@ def test_a_template_that_changes_an_answer_is_refused_when_it_does(vocab):
     talk.say("why", ["the\n\n"])
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_template_may_be_chosen(vocab, name):
+    """With its stop strings, whatever the tokenizer's is; and text that spells a special token is text."""
+    said = "the <|rwkv_tokenizer_end_of_text|>"
+    named, chosen = Talk(vocab, name), Talk(vocab, "chatml", template=name)
+    for talk in (named, chosen):
+        assert talk.say(said, [" the end.\n\n# Instruction:"]) == "the end."
+    assert chosen.conversation.place.text == named.conversation.place.text
+    assert 0 in named.conversation._turns[0].ids and 0 not in chosen.conversation._turns[0].ids
+    with pytest.raises(ValueError, match=r"'chatty': choose world, raven, instruct"):
+        Conversation(named.model, named.tokenizer, template="chatty")
+
+
 def test_a_template_may_refuse(vocab):
     talk = Talk(vocab)
     talk.tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' }}" + CHATML

@@ -92,6 +92,12 @@ def test_options_are_those_of_generate(folder):
     assert talk(folder, "one")[0] != talk(folder, "one")[0]
 
 
+def test_a_template_may_be_chosen(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    answer = Conversation(model, tokenizer, template="raven").say("one", max_new_tokens=NEW, do_sample=False)
+    assert talk(folder, "one", options=("--temperature", 0, "--template", "raven"))[0] == answer + "\n"
+
+
 def test_a_talk_begins_with_a_state(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -166,7 +172,15 @@ def test_the_talk_of_another_model_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--temperature", "-1"], ["--seed", "x"], ["--device", "abacus"], ["--dtype", "int3"], ["--warm"]]
+    "options",
+    [
+        ["--temperature", "-1"],
+        ["--seed", "x"],
+        ["--device", "abacus"],
+        ["--dtype", "int3"],
+        ["--template", "x"],
+        ["--warm"],
+    ],
 )
 def test_a_wrong_option(folder, options):
     out, (line,) = talk(folder, "one", options=options, code=2)
