@@ -8,19 +8,20 @@
 Both are the same model and the same tokens: `Conversation` as `rwkv chat` has it, and `generate` with the whole talk
 and no cache. Messages and answers are always the same, whatever the model would say. For `Conversation` the time is
 from `say` on, text and tokens included; the other is given its tokens. It ends when the logits of the first token are
-there. In every turn they must be the same; if not, nothing is reported and the exit code is 1.
+there. On a CPU the figure shows CPU time, of all threads, which other programs disturb less than wall time. In every
+turn the logits must be the same; if not, nothing is reported and the exit code is 1.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from measure import environment, progress
+from measure import Seconds, environment, progress
 from sides import SHAPES, SIDES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
@@ -56,8 +57,7 @@ def main() -> int:
         report["turns"] = [
             {
                 "tokens": same_turn[0]["tokens"],
-                "seconds": {side: median(turn["seconds"][side] for turn in same_turn) for side in (KEPT, AGAIN)},
-                "samples": [turn["seconds"] for turn in same_turn],
+                "seconds": {side: summary(turn["seconds"][side] for turn in same_turn) for side in (KEPT, AGAIN)},
             }
             for same_turn in zip(*talks, strict=True)
         ]
@@ -80,17 +80,23 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.to(args.device).eval(), tokenizer
 
 
+def summary(samples: Iterable[tuple[float, float]]) -> dict[str, dict[str, float | list[float]]]:
+    wall, cpu = map(list, zip(*samples, strict=True))
+    return Seconds(wall, cpu).summary()
+
+
 class Script(LogitsProcessor):
-    """Makes `generate` say these ids, and looks at the clock when the first is to be chosen."""
+    """Makes `generate` say these ids, and looks at the clocks, wall and CPU, when the first is to be chosen."""
 
     def __init__(self, ids: list[int], read: list[int]) -> None:
         self.ids, self.read, self.said = ids, read, 0
-        self.begin = time.perf_counter()
+        self.begin = time.perf_counter(), time.process_time()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.said == 0:
             self.logits = scores.cpu()  # waits for a GPU
-            self.seconds = time.perf_counter() - self.begin
+            wall, cpu = self.begin
+            self.seconds = time.perf_counter() - wall, time.process_time() - cpu
             self.tokens = list(self.read)
         self.said += 1
         wanted = torch.tensor([self.ids[self.said - 1]], device=scores.device)
@@ -137,28 +143,31 @@ def text(report: dict[str, Any]) -> list[str]:
     ]
     if not report["agree"]:
         return [*lines, "", "They disagree: nothing is reported."]
-    row = "{:>6}{:>16}{:>10}{:>20}{:>10}"
-    lines += ["", row.format("turn", KEPT, "ms", AGAIN, "ms")]
+    row = "{:>6}{:>16}{:>10}{:>10}{:>20}{:>10}{:>10}"
+    lines += ["", row.format("turn", KEPT, "wall ms", "CPU ms", AGAIN, "wall ms", "CPU ms")]
     for number, turn in enumerate(report["turns"], 1):
         if number in (1, 2) or number % 10 == 0 or number == len(report["turns"]):
-            cells = [cell for side in turn["tokens"] for cell in (turn["tokens"][side], milliseconds(turn, side))]
+            cells = []
+            for side, tokens in turn["tokens"].items():
+                cells += [
+                    tokens,
+                    *(f"{turn['seconds'][side][clock]['median'] * 1e3:.1f}" for clock in ("wall", "cpu")),
+                ]
             lines.append(row.format(number, *cells))
     return [*lines, "", f"tokens read before an answer, and medians of {settings['repeats']} talks"]
-
-
-def milliseconds(turn: dict[str, Any], side: str) -> str:
-    return f"{turn['seconds'][side] * 1e3:.1f}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
+    clock = report["settings"]["clock"]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for side in (AGAIN, KEPT):
-        seconds = [turn["seconds"][side] * 1e3 for turn in report["turns"]]
+        seconds = [turn["seconds"][side][clock]["median"] * 1e3 for turn in report["turns"]]
         axes.plot(range(1, len(seconds) + 1), seconds, marker=".", label=side)
-    axes.set(xlabel="turn", ylabel="milliseconds to the first token", xlim=(0, None), ylim=(0, None))
+    label = {"wall": "milliseconds", "cpu": "CPU milliseconds"}[clock] + " to the first token"
+    axes.set(xlabel="turn", ylabel=label, xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     env, shape = report["environment"], SHAPES[report["settings"]["shape"]]
@@ -185,6 +194,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("device is cuda, but there is no GPU that PyTorch can use; leave it out")
+    args.clock = "wall" if args.device == "cuda" else "cpu"
     return args
 
 
