@@ -49,41 +49,54 @@ class Expected:
 SEED = ("--seed", 1)
 
 
-def test_every_line_is_a_turn(folder):
+def messages(path):
+    return json.loads(saved_notes(path)["conversation"])["messages"]
+
+
+def test_every_line_is_a_turn(folder, tmp_path):
     expected = Expected(folder)
     for message in ("the fox", "  狐狸 🙂", "/slash"):
         expected.say(message)
-    assert talk(folder, "the fox", "", "  狐狸 🙂", "  ", "//slash", options=SEED) == (expected.out, [])
+    save = f"/save {tmp_path / 'talk'}"
+    out, _ = talk(folder, "the fox", "", "  狐狸 🙂", "  ", "//slash", save, options=SEED)
+    assert out == expected.out and messages(tmp_path / "talk") == expected.conversation.messages
 
 
-def test_a_line_may_end_as_any_system_ends_it(folder):
+def test_a_line_may_end_as_any_system_ends_it(folder, tmp_path):
     expected = Expected(folder)
     expected.say("the fox")
     expected.say("the hen")
-    result = rwkv("chat", folder, "--max-new-tokens", NEW, *SEED, stdin="\ufeffthe fox\r\nthe hen".encode())
-    assert result.stdout == expected.out
+    stdin = f"\ufeffthe fox\r\nthe hen\n/save {tmp_path / 'talk'}".encode()
+    result = rwkv("chat", folder, "--max-new-tokens", NEW, *SEED, stdin=stdin)
+    assert result.stdout == expected.out and messages(tmp_path / "talk") == expected.conversation.messages
 
 
-def test_commands_go_back(folder):
+def test_commands_go_back(folder, tmp_path):
     expected = Expected(folder)
     expected.say("one")
     expected.say("two")
     expected.retry()
     expected.conversation.undo()
     expected.retry()
+    path = tmp_path / "talk"
+    lines = ["one", "two", "/retry", "/undo", "/retry "]
+    out, err = talk(folder, *lines, f"/save {path}", options=SEED)
+    assert out == expected.out and messages(path) == expected.conversation.messages
+    assert err == ["Taken back: two", f"wrote {path}"]
     expected.conversation.reset()
-    expected.say("one")
-    out, err = talk(folder, "one", "two", "/retry", " /undo".strip(), "/retry ", "/reset", "one", options=SEED)
-    assert out == expected.out
-    assert err == ["Taken back: two", "All but the system message is forgotten."]
+    expected.say("three")
+    out, err = talk(folder, *lines, "/reset", "three", f"/save {path}", options=SEED)
+    assert out == expected.out and messages(path) == expected.conversation.messages
+    assert err[1] == "All but the system message is forgotten."
 
 
-def test_options_are_those_of_generate(folder):
+def test_options_are_those_of_generate(folder, tmp_path):
     expected = Expected(folder, system="rules", sampling={"do_sample": False})
     expected.say("one")
     expected.say("two")
-    greedy = ("--temperature", 0, "--system", "rules")
-    assert talk(folder, "one", "two", options=greedy)[0] == expected.out
+    greedy, path = ("--temperature", 0, "--system", "rules"), tmp_path / "talk"
+    assert talk(folder, "one", "two", f"/save {path}", options=greedy)[0] == expected.out
+    assert messages(path) == expected.conversation.messages
     drawn = {"do_sample": True, "temperature": 1.5, "top_p": 0.5, "top_k": 7}
     expected = Expected(folder, seed=3, sampling=drawn)
     expected.say("one")
@@ -261,5 +274,5 @@ def test_at_a_terminal_errors_and_ctrl_c_do_not_end_the_talk(folder, tmp_path):
     finally:
         terminal.process.kill()
         os.close(terminal.ours)
-    *_, answer = json.loads(saved_notes(path)["conversation"])["messages"]
+    *_, answer = messages(path)
     assert answer["role"] == "assistant" and answer["content"]
