@@ -97,7 +97,7 @@ class Conversation:
         self._turns: list[Turn] = []
 
     @torch.no_grad()
-    def say(self, message: str, write: Write = str, **options: Any) -> str:
+    def say(self, message: str, write: Write = lambda piece: None, **options: Any) -> str:
         """The answer to ``message``, without white space around it.
 
         An exception while it is written, such as KeyboardInterrupt, ends it: what was written so far is the answer.
@@ -120,7 +120,7 @@ class Conversation:
             self.model.base_model(ids[:, :-1], past_key_values=state, use_cache=True)
         return self._answer(Turn((self.messages, self.place), messages, prompt, ids, state), write, options)
 
-    def retry(self, write: Write = str, **options: Any) -> str:
+    def retry(self, write: Write = lambda piece: None, **options: Any) -> str:
         """Another answer to the last message, drawn from the state before the first one.
 
         Raises:
@@ -184,14 +184,15 @@ class Conversation:
             )
             answer.end()
         finally:
-            if answer.begin is not None:
+            if answer.places:
                 self._keep(turn, answer)
         return answer.text
 
     def _keep(self, turn: Turn, answer: "Answer") -> None:
         messages = [*turn.messages, {"role": "assistant", "content": answer.text}]
         rendered = self._render(messages)
-        self.place = answer.place if rendered.startswith(answer.place.text) else answer.begin
+        fitting = [place for place in answer.places if rendered.startswith(place.text)]
+        self.place = fitting[-1] if fitting else answer.places[0]
         self.messages = messages
         if turn not in self._turns:
             self._turns.append(turn)
@@ -219,15 +220,14 @@ class Conversation:
 class Answer(StoppingCriteria):
     """Listens to `generate`: shows an answer as it comes, ends it at a stop string, and copies the state.
 
-    generated: the whole characters so far; place: the last point of it that the state was at and that is of the answer
-    whatever comes; begin: the point before its first token. Both are None before that is drawn.
+    generated: the whole characters so far; places: where the state was before the first token, and, if that is later,
+    at the last point that is within the answer whatever comes. None before the first token is drawn.
     """
 
     def __init__(self, turn: Turn, tokenizer: PreTrainedTokenizerBase, stops: list[str], write: Write) -> None:
         self.state = turn.state.clone()
         self.generated = ""
-        self.begin: Any = None
-        self.place: Any = None
+        self.places: list[Place] = []
         self._prompt, self._stops, self._write, self._shown = turn.prompt, stops, write, 0
         self._pieces = TextPieces(tokenizer, self._take)
         self._pieces.put(turn.ids)
@@ -241,9 +241,8 @@ class Answer(StoppingCriteria):
         read, is_whole = self.generated, self._pieces.is_whole
         self._pieces.put(input_ids[:, -1])
         length = self._length(is_over=False)
-        if (is_whole and len(read) <= length) or self.begin is None:
-            self.place = Place(self._prompt + read, self.state.clone())
-            self.begin = self.begin or self.place
+        if (is_whole and len(read) <= length) or not self.places:
+            self.places[1:] = [Place(self._prompt + read, self.state.clone())]
         self._show(length)
         is_stopped = any(stop in self.generated for stop in self._stops)
         return torch.full((1,), is_stopped, device=input_ids.device)
@@ -281,7 +280,7 @@ def _after(text: str, longer: str) -> str:
     if not longer.startswith(text):
         raise ValueError(
             "the tokenizer's chat template changes what was said before when more is said, which a state that has "
-            "read it cannot: give a tokenizer whose template only adds to it, or one without a template"
+            "read it cannot: choose another one (template=, rwkv chat --template)"
         )
     return longer[len(text) :]
 
