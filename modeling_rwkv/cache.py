@@ -284,8 +284,8 @@ class RwkvCache(Cache):
                 cache.fingerprint = file.get_tensor("fingerprint")
         if model is not None:
             cache.check_sizes(model.config, f"the state in {path}")
-            saved = metadata.get("model")
-            if saved is not None and saved != (found := model_fingerprint(model)):
+            saved, has_weights = metadata.get("model"), model.device.type != "meta"
+            if saved is not None and has_weights and saved != (found := model_fingerprint(model)):
                 raise ValueError(
                     f"the state in {path} comes from another model of these sizes: its fingerprint is {saved}, "
                     f"this model's is {found}"

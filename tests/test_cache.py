@@ -343,6 +343,7 @@ def test_a_saved_cache_is_refused_with_another_model(tmp_path):
         RwkvCache.load(tmp_path / "known", model=make(seed=2))
     with pytest.raises(ValueError, match="known comes from another model of these sizes"):
         make(seed=2).set_initial_state(tmp_path / "known")
+    assert RwkvCache.load(tmp_path / "known", model=make(seed=2).to("meta")).seen_tokens == 6
     trained = make(seed=1)
     for name, x in trained.named_parameters():
         x.data.mul_(1 + 1e-2 * name.endswith("time_first"))
