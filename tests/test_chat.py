@@ -1,24 +1,14 @@
 """Conversations: the state is that of the text that was rendered, a turn costs its own tokens, and nothing is lost."""
 
-import json
-
 import pytest
 import torch
-from models import agree, contents, make, same
-from transformers import LogitsProcessor
+from models import agree, contents
+from talks import CHATML, TEMPLATES, Talk, check_state, same_snapshot, small_vocabulary, snapshot  # noqa: F401
 
-from modeling_rwkv import RwkvCache, RwkvTokenizer
-from modeling_rwkv.cache import saved_notes
+from modeling_rwkv import RwkvTokenizer
 from modeling_rwkv.chat import Conversation
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 
-WORDS = ["\n\n", ".\n\n", "User", "User:", "Assistant", "# Instr", " the", "the ", " a"]
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-TEMPLATES = {name: template.text for name, template in CHAT_TEMPLATES.items()} | {"none": None, "chatml": CHATML}
-STOPS = {name: list(template.stop_strings) for name, template in CHAT_TEMPLATES.items()} | {"chatml": None}
 ANSWERS = {  # what is generated
     "ends before a stop string": [" the end\n\n"],
     "is cut by the limit": [" the en"],
@@ -34,86 +24,6 @@ ANSWERS = {  # what is generated
 }
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 every_answer = pytest.mark.parametrize("kind", ANSWERS)
-
-
-@pytest.fixture(scope="module")
-def vocab(tmp_path_factory):
-    """Every byte is a token, and some words that reach over the places where turns begin and end."""
-    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS]
-    tokens.append("🙂".encode()[1:3])
-    path.write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
-    return path
-
-
-class Spoken(LogitsProcessor):
-    """Makes `generate`, after one token of a prompt, say these ids."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __call__(self, input_ids, scores):
-        wanted = self.ids[input_ids.shape[1] - 1]
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted]), 0.0)
-
-
-class Talk:
-    """A conversation, and every token that its model reads."""
-
-    def __init__(self, vocab, name="world", seed=0, **options):
-        self.tokenizer = RwkvTokenizer(vocab)
-        self.tokenizer.chat_template = TEMPLATES[name]
-        self.model = make({"vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 2}, seed=seed)
-        self.model.generation_config.update(eos_token_id=0, pad_token_id=0, stop_strings=STOPS.get(name))
-        self.read, self.kept, self.counts = [], [], []
-        self.model.base_model.register_forward_pre_hook(lambda _, given: self.read.extend(given[0][0].tolist()))
-        self.conversation = Conversation(self.model, self.tokenizer, **options)
-
-    def ids(self, parts):
-        """Of texts, bytes and ids."""
-        found = []
-        for part in parts:
-            if isinstance(part, int):
-                found.append(part)
-            else:
-                data = part.encode() if isinstance(part, str) else part
-                found += self.tokenizer.encode_bytes(data)
-        return found
-
-    def say(self, message, answer, write=str):
-        """Returns what is answered; ``kept`` become the tokens that the state has read, ``counts`` grow by one."""
-        return self._spoken(self.conversation.say, answer, message, write=write)
-
-    def retry(self, answer, write=str):
-        """From before the last answer: the tokens of the prompt are known, and the last is read again."""
-        return self._spoken(self.conversation.retry, answer, write=write)
-
-    def _spoken(self, method, answer, *args, **options):
-        ids, self.read = self.ids(answer), []
-        try:
-            limit = {"max_new_tokens": len(ids), "do_sample": False}
-            return method(*args, logits_processor=[Spoken(ids)], **limit, **options)
-        finally:
-            self.counts.append(len(self.read))
-
-    def keep(self):
-        """After `say`: what the state has read, of what was read in this turn."""
-        new = list(self.read)
-        while not self.conversation.place.state.has_read(torch.tensor([self.kept + new])):
-            new.pop()
-        self.kept += new
-        return new
-
-
-def check_state(talk):
-    """It is that of the rendering's beginning, read at once by the same tokens."""
-    place, kept = talk.conversation.place, torch.tensor([talk.kept])
-    assert talk.tokenizer.decode(talk.kept) == place.text
-    rendered = talk.conversation._render(talk.conversation.messages)
-    assert rendered.startswith(place.text)
-    assert talk.conversation.messages[-1]["role"] == "assistant"
-    with torch.no_grad():
-        agree(contents(place.state), contents(talk.model(kept).past_key_values))
 
 
 @every_template
@@ -221,16 +131,6 @@ def test_the_answers_are_those_of_the_whole_text(vocab, name):
 # Going back
 
 
-def snapshot(conversation):
-    place = conversation.place
-    return conversation.messages, place.text, contents(place.state), place.state.seen_tokens
-
-
-def same_snapshot(actual, expected):
-    assert (actual[:2], actual[3]) == (expected[:2], expected[3])
-    same(actual[2], expected[2])
-
-
 def test_undo_and_retry_go_back_to_the_states_that_were(vocab):
     talk = Talk(vocab, system="the rules")
     conversation, points = talk.conversation, []
@@ -317,66 +217,6 @@ def test_a_talk_begins_with_the_state_of_the_model(vocab):
         read = torch.tensor([[*plain.kept, *plain.keep()]])
         expected = plain.model(read, past_key_values=state).past_key_values
     agree(contents(talk.conversation.place.state), contents(expected))
-
-
-# Files
-
-
-def test_a_saved_talk_goes_on(vocab, tmp_path):
-    talk, path = Talk(vocab, system="the rules"), tmp_path / "talk"
-    with pytest.raises(ValueError, match="nothing has been said"):
-        talk.conversation.save(path)
-    talk.say("the 狐狸?", [" a\n\n"])
-    talk.say("the hen?", [" the end.\n\n"])
-    talk.conversation.save(path)
-    other = Talk(vocab, system="other rules")
-    other.say("the hen", [" a\n\n"])
-    other.conversation.load(path)
-    same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
-    with pytest.raises(ValueError, match="nothing here to undo"):
-        other.conversation.undo()
-    for each in (talk, other):
-        each.say("why", [" the fox\n\n"])
-    same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
-    assert RwkvCache.load(path, model=talk.model).seen_tokens > 0
-    assert json.loads(saved_notes(path)["conversation"])["messages"][1]["content"] == "the 狐狸?"
-
-
-def rewritten(path, note):
-    RwkvCache.load(path).save(path, notes={} if note is None else {"conversation": note})
-
-
-REFUSED = {  # what was saved: what is said
-    "another model's": "another model of these sizes",
-    "a state": "holds a state but no conversation",
-    "another template's": "another chat template",
-    "a later format's": "format 2",
-    "not JSON": "damaged",
-    "something else": "damaged",
-    "a text": "not a saved RwkvCache",
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_another_file_is_refused_and_changes_nothing(vocab, tmp_path, kind):
-    path = tmp_path / "talk"
-    saved = Talk(vocab, "raven" if kind == "another template's" else "world", seed=int(kind == "another model's"))
-    saved.say("the fox?", [" a\n\n"])
-    saved.conversation.save(path)
-    notes = {"a state": None, "a later format's": '{"version": 2}', "not JSON": "{", "something else": "[]"}
-    if kind in notes:
-        rewritten(path, notes[kind])
-    if kind == "a text":
-        path.write_text("User: the fox?")
-    talk = Talk(vocab)
-    talk.say("the hen", [" a\n\n"])
-    before = snapshot(talk.conversation)
-    with pytest.raises(ValueError, match=REFUSED[kind]):
-        talk.conversation.load(path)
-    with pytest.raises(FileNotFoundError):
-        talk.conversation.load(tmp_path / "nothing")
-    same_snapshot(snapshot(talk.conversation), before)
-    assert talk.conversation.undo() == "the hen"
 
 
 # Templates that do not fit
