@@ -192,7 +192,8 @@ template <bool FULL, class Plan> struct Share {
     WKV_INLINE void fetch(int i) {
 #pragma unroll
         for (int j = 0; j < Plan::TENSORS; ++j) {
-            x[j][i] = __ldcs(reinterpret_cast<const Packed*>(after(from[j], row(i), int(tensor(j).time_stride))));
+            const auto* at = reinterpret_cast<const Packed*>(after(from[j], row(i), int(tensor(j).time_stride)));
+            x[j][i] = Plan::CUT ? __ldcs(at) : __ldg(at);
         }
     }
     // Let the piece that is `pieces` after this one, or before, be near when its turn comes.
@@ -212,7 +213,10 @@ template <bool FULL, class Plan> struct Share {
     WKV_INLINE int count_of(int warp) const { return FULL ? STEPS : max(0, min(STEPS, tokens - warp * STEPS)); }
 
     WKV_INLINE void write(Element* x, int i, Real y) const {
-        if (has(i)) __stcs(reinterpret_cast<Packed*>(after(x, row(i), int(strand.all.channels))), narrow(y));
+        if (!has(i)) return;
+        Packed* to = reinterpret_cast<Packed*>(after(x, row(i), int(strand.all.channels)));
+        if (Plan::CUT) __stcs(to, narrow(y));
+        else __stcg(to, narrow(y));
     }
 
     WKV_INLINE Real key(int i) const { return widen(x[0][i]) * LOG2E; }

@@ -22,7 +22,9 @@ static thread_local Index threadIdx, blockIdx, gridDim;
 static pthread_barrier_t everybody;
 static void __syncthreads() { pthread_barrier_wait(&everybody); }
 
+template <class T> T __ldg(const T* x) { return *x; }
 template <class T> T __ldcs(const T* x) { return *x; }
+template <class T> void __stcg(T* x, T y) { *x = y; }
 template <class T> void __stcs(T* x, T y) { *x = y; }
 template <class To, class From> To bits_of(From x) {
     To y;
