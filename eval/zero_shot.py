@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -209,10 +209,22 @@ def provenance(lm: RwkvLM) -> dict[str, Any]:
 def sha256(model: torch.nn.Module) -> str:
     """Of names and bits of all parameters and buffers, in hexadecimal: the same however a checkpoint is cut."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(plain(model.state_dict()).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def plain(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors by name; those of torchao's classes as the tensors that they are made of."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            found |= plain({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        else:
+            found[name] = tensor
+    return found
 
 
 def _fingerprint(lm: RwkvLM, about: dict[str, Any]) -> str:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import modeling_rwkv.remarks  # noqa: F401 - before transformers
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoXTokenizer
 
 from modeling_rwkv.cache import RwkvCache

@@ -44,6 +44,6 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="float32, bfloat16, float16 or float64; auto is float32 on a CPU, "
-        "and what the checkpoint is stored in on a GPU."
+        "and what the checkpoint is stored in on a GPU. A quantized model keeps its own."
     ),
 ]

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from modeling_rwkv import demo_model_path
+from modeling_rwkv.remarks import no_remarks
 from rwkv_kernels.build_cache import KernelWarning
 
 SMALL_MODEL = 30_000_000  # parameters; see few_threads
@@ -167,8 +168,10 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def load(name: str | None, device: torch.device, dtype: torch.dtype | str) -> tuple[Any, Any]:
     """A model in eval mode and its tokenizer, from a folder, from the Hub, or (None) from this package.
 
+    One that was saved quantized stays so, and in its own dtype.
+
     Raises:
-        GenerateError: there is none, it is no RWKV, or a file of it is missing or damaged.
+        GenerateError: there is none, it is no RWKV, or a file of it or a package that it needs is missing or damaged.
     """
     source = str(demo_model_path()) if name is None else name
     path = Path(source)
@@ -185,8 +188,10 @@ def load(name: str | None, device: torch.device, dtype: torch.dtype | str) -> tu
     if path.exists():
         _check_files(path)
     tokenizer = _load_tokenizer(source)
+    if settings.get("quantization_config"):
+        dtype = "auto"  # what is not quantized must go with what is
     with explained(device):
-        return _load_model(source, dtype).to(device).eval(), tokenizer
+        return _load_model(source, device, dtype).eval(), tokenizer
 
 
 def begin_with(model: Any, path: str) -> None:
@@ -252,13 +257,17 @@ def _load_tokenizer(source: str) -> Any:
         raise _unreadable("tokenizer", source, error) from error
 
 
-def _load_model(source: str, dtype: torch.dtype | str) -> Any:
+def _load_model(source: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            source, dtype=dtype, device_map=device, trust_remote_code=False, output_loading_info=True
         )
     except torch.OutOfMemoryError:  # a RuntimeError, but not for a damaged file
         raise
+    except ImportError as error:
+        raise GenerateError(
+            f"{source} is quantized, and its library is missing ({error}): pip install modeling-rwkv[quantize]"
+        ) from error
     except (
         AttributeError,
         EOFError,
@@ -387,7 +396,7 @@ def quiet(debug: bool = False) -> Iterator[None]:
     if hub_bars:
         enable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_remarks():
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", KernelWarning)
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -29,6 +29,14 @@ from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
 
+class RwkvLayerNorm(nn.LayerNorm):
+    """A layer norm whose parameters may be of more bits than what it is given, as beside quantized matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) to the same, normed in the dtype of the parameters."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class RwkvTimeMix(nn.Module):
     """Attention: receptance gates an exponentially decaying average of values, weighted by keys."""
 
@@ -86,9 +94,9 @@ class RwkvBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.config = config
         if layer_idx == 0:
-            self.pre_ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.ln1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.ln2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+            self.pre_ln = RwkvLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln1 = RwkvLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln2 = RwkvLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attention = RwkvTimeMix(config, layer_idx)
         self.feed_forward = RwkvChannelMix(config, layer_idx)
 
@@ -123,6 +131,11 @@ class RwkvPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RwkvBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["time_decay", "time_first", "initial_state"]
+
+    def __init__(self, config: RwkvConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "quantization_config", None) is not None:  # bits are saved on matrices, not on vectors
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "time_mix", "ln"]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -174,7 +187,7 @@ class RwkvModel(RwkvPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(RwkvBlock(config, idx) for idx in range(config.num_hidden_layers))
-        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_out = RwkvLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.initial_state = RwkvInitialState(config) if config.initial_state else None
         self.gradient_checkpointing = False
         self.post_init()
