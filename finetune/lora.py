@@ -42,7 +42,7 @@ from torch import nn
 from modeling_rwkv import demo_model_path
 from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.report import USE, Product
-from rwkv_finetune.supervised import Method, SupervisedArguments, load_model
+from rwkv_finetune.supervised import LIBRARIES, Method, SupervisedArguments, load_model
 from rwkv_finetune.supervised import main as supervised
 
 VECTORS = ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance")
@@ -75,7 +75,11 @@ class LoraArguments:
     use_dora: bool = field(default=False, metadata={"help": "learn magnitudes apart from directions"})
     train_vectors: bool = field(default=False, metadata={"help": "train time_decay, time_first, time_mix_* too"})
     load_in: str | None = field(
-        default=None, metadata={"help": "frozen weights in fewer bits, by bitsandbytes", "choices": ["4bit", "8bit"]}
+        default=None,
+        metadata={
+            "help": "frozen weights in fewer bits: int8 by torchao, 8bit and 4bit by bitsandbytes on a GPU",
+            "choices": [*LIBRARIES],
+        },
     )
 
 
@@ -131,8 +135,8 @@ def adapted(model: nn.Module, options: LoraArguments) -> AdaptedModel:
 
 def build(options: LoraArguments, args: SupervisedArguments) -> AdaptedModel:
     """The frozen model in the dtype, or the bits, that it is asked for in; what is trained is in float32."""
-    model = load_model(options.model, args, options.load_in, frozen=True)
-    if options.load_in:
+    model = load_model(options.model, args, options.load_in, frozen=True, adapted=True)
+    if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     return adapted(model, options)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_rwkv  # noqa: F401 - the Auto classes know RWKV from here on
 from rwkv_finetune.arguments import Refusal
@@ -41,6 +41,8 @@ def merge(adapter: str, destination: str | Path, base: str | None = None, dtype:
     except (OSError, ValueError) as error:
         raise Refusal(f"{adapter} is no adapter of PEFT: it has no adapter_config.json") from error
     try:
+        if getattr(AutoConfig.from_pretrained(name), "quantization_config", None):
+            raise Refusal(f"the model {name} is quantized; give the one that it was quantized from with --base")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         model = PeftModelForCausalLM.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     IntervalStrategy,
     PreTrainedModel,
+    TorchAoConfig,
     TrainerCallback,
     TrainerState,
     set_seed,
@@ -34,6 +35,8 @@ from rwkv_finetune.run import RunArguments, load_tokenizer, prepare, printer, re
 from rwkv_finetune.run_folder import claim
 from rwkv_finetune.sources import UNREADABLE, unreadable
 from rwkv_finetune.trainer import RwkvTrainer
+
+LIBRARIES = {"int8": "torchao", "8bit": "bitsandbytes", "4bit": "bitsandbytes"}
 
 
 @dataclass
@@ -181,12 +184,18 @@ def check(data_args: DataArguments, args: SupervisedArguments) -> None:
 
 
 def load_model(
-    name: str, args: SupervisedArguments, load_in: str | None = None, frozen: bool = False
+    name: str,
+    args: SupervisedArguments,
+    load_in: str | None = None,
+    frozen: bool = False,
+    adapted: bool = False,
 ) -> PreTrainedModel:
     """An RWKV of a folder or of the Hub: in float32, or, where it is frozen and products are in bfloat16, in that.
 
+    One that was saved quantized stays as it is; adapters alone can be trained on it, which ``adapted`` promises.
+
     Raises:
-        Refusal: there is none, or what there is is no RWKV-4.
+        Refusal: there is none, or what there is is no RWKV-4, or cannot be trained so.
     """
     if (Path(name) / ADAPTER).exists():
         raise Refusal(f"model {name} is an adapter; make a model of it first: rwkv merge {name} OUT")
@@ -198,24 +207,40 @@ def load_model(
         if not isinstance(config, RwkvConfig):
             raise Refusal(f"{name} is a model of the type {config.model_type}; these programs train rwkv")
         dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
+        quantized = getattr(config, "quantization_config", {})
+        if quantized and not adapted:
+            raise Refusal(f"model {name} is quantized: only an adapter can be trained on it, by rwkv finetune lora")
+        if quantized and load_in:
+            raise Refusal(f"load_in is {load_in}, but {name} is quantized already; leave load_in out")
+        if "bitsandbytes" in (LIBRARIES.get(load_in or ""), quantized.get("quant_method")):
+            _check_gpu()
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=_quantization(load_in, dtype)
+            name, dtype="auto" if quantized else dtype, quantization_config=_quantization(load_in, dtype)
         )
     except (OSError, ValueError) as error:
         raise Refusal(f"no model can be loaded from {name}: {error}") from error
     except ImportError as error:
         raise Refusal(
-            f"load_in {load_in} needs bitsandbytes: pip install modeling-rwkv[quantize] ({error})"
+            f"quantized weights need torchao or bitsandbytes: pip install modeling-rwkv[quantize] ({error})"
         ) from error
 
 
-def _quantization(load_in: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _check_gpu() -> None:
+    """On a CPU bitsandbytes 0.50 rounds inputs of 8-bit matrices to 8 bits in an evaluation, and not in training; and
+    it repacks matrices of 4 bits in an evaluation, and then gives wrong gradients."""
+    if not torch.accelerator.is_available():
+        raise Refusal("weights of bitsandbytes need a GPU: on a CPU they train and evaluate differently; use int8")
+
+
+def _quantization(load_in: str | None, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:
     if load_in is None:
         return None
+    if load_in == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if not torch.accelerator.is_available():  # bitsandbytes 0.50 repacks them in an evaluation, then loses gradients
-        raise Refusal("load_in 4bit needs a GPU: on a CPU gradients come out wrong after an evaluation; use 8bit")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

@@ -2,31 +2,35 @@
 
 import pytest
 import torch
-from finetuning import history, logits, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
+from finetuning import history, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import agree, make, text
+from quantizing import dequantised, on_gpu
 from safetensors.torch import load_file
 from torch import nn
 
 from rwkv_finetune import lora, supervised
 
 
-def test_an_adapter_of_eight_bits_has_the_gradients_of_their_weights(base, data, tmp_path):
-    """Also after an evaluation, where bitsandbytes may change how it keeps the weights."""
-    result = train("lora", base, data, tmp_path / "run", load_in="8bit", train_vectors=True)
+@pytest.mark.parametrize("load_in", ["int8", pytest.param("8bit", marks=on_gpu), pytest.param("4bit", marks=on_gpu)])
+def test_an_adapter_has_the_gradients_of_the_quantised_weights(load_in, base, data, tmp_path):
+    """Also after an evaluation, where a library may change how it keeps the weights."""
+    pytest.importorskip(supervised.LIBRARIES[load_in])
+    result = train("lora", base, data, tmp_path / "run", load_in=load_in, train_vectors=True)
     losses = [entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
     args = supervised.SupervisedArguments(output_dir=str(tmp_path / "no"), report_to="none")
-    quantised = lora.build(lora.LoraArguments(model=str(base), load_in="8bit"), args)
-    whole = lora.build(lora.LoraArguments(model=str(base)), args)
+    quantised = lora.build(lora.LoraArguments(model=str(base), load_in=load_in), args)
+    whole = lora.build(lora.LoraArguments(model=str(base)), args).to(quantised.device)
     for model in (quantised, whole):
         model.load_adapter(result, "default", is_trainable=True)
     for few, all_bits in zip(quantised.modules(), whole.modules(), strict=False):
         if hasattr(few, "base_layer"):
-            weight = few.base_layer.weight
-            all_bits.base_layer.weight.data = weight.CB.float() * weight.SCB[:, None] / 127
-    logits(quantised)
-    ids = torch.arange(2, 60)[None]
-    for model in (quantised.train(), whole.train()):
+            all_bits.base_layer.weight.data = dequantised(few.base_layer).float()
+    ids = torch.arange(2, 60, device=quantised.device)[None]
+    with torch.no_grad():
+        evaluated = quantised.eval()(ids).logits
+        agree(quantised.train()(ids).logits, evaluated)
+    for model in (quantised, whole.train()):
         model(input_ids=ids, labels=ids).loss.backward()
     agree(trained_gradients(quantised), trained_gradients(whole), rtol=1e-3)
 

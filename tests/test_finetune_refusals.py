@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from finetuning import own_cache, refusal, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import make
+from quantizing import off_gpu
 
 from rwkv_finetune import lora
 from rwkv_finetune.data import DataArguments
@@ -85,7 +86,9 @@ def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, mo
         ("lora", {"targets": "attention"}, "attention"),
         ("lora", {"rank": 0}, "rank"),
         ("lora", {"targets": "kez"}, "kez"),
-        ("lora", {"load_in": "4bit"}, "GPU"),
+        ("lora", {"load_in": "3bit"}, "3bit"),
+        pytest.param("lora", {"load_in": "4bit"}, "GPU", marks=off_gpu),
+        pytest.param("lora", {"load_in": "8bit"}, "GPU", marks=off_gpu),
         ("lora", {"save_strategy": "epoch", "load_best_model_at_end": True}, "save"),
     ],
 )

@@ -1,0 +1,57 @@
+"""What the laws of quantised models are tried on: ways to quantise, and what their matrices stand for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+off_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="refused only where there is no GPU")
+
+
+def config(method: str) -> Any:
+    """A quantization_config of transformers."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if method.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+        few = method.endswith("4 bits")
+        return BitsAndBytesConfig(load_in_4bit=few, load_in_8bit=not few, bnb_4bit_quant_type="nf4")
+    torchao = pytest.importorskip("torchao.quantization")
+    group = torchao.PerGroup(32)
+    kinds = {
+        "int8": torchao.Int8WeightOnlyConfig(),
+        "int8 in groups": torchao.Int8WeightOnlyConfig(granularity=group),
+        "int4": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group),
+        "int4 packed": torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"),
+    }
+    return TorchAoConfig(kinds[method])
+
+
+METHODS = [
+    "int8",
+    "int8 in groups",
+    "int4",
+    # torchao packs 4 bits for GPUs only, in bfloat16.
+    pytest.param("int4 packed", marks=on_gpu),
+    # On a CPU bitsandbytes computes otherwise in evaluation than in training, and not with every width.
+    pytest.param("bitsandbytes 8 bits", marks=on_gpu),
+    pytest.param("bitsandbytes 4 bits", marks=on_gpu),
+]
+
+
+def dequantised(matrix: nn.Linear) -> Tensor:
+    """The numbers that the weight of a quantised matrix stands for, (outputs, inputs)."""
+    weight = matrix.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ == "Int8Params":
+        numbers, scale = (weight.data, matrix.state.SCB) if weight.CB is None else (weight.CB, weight.SCB)
+        return numbers.float() * scale[:, None] / 127
+    if not hasattr(weight, "dequantize"):  # packed for one kernel, whose products with unit vectors are what it holds
+        return matrix(torch.eye(matrix.in_features, dtype=weight.dtype, device=weight.device)).T
+    return weight.dequantize()
