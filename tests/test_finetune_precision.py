@@ -11,7 +11,7 @@ from torch import nn
 from rwkv_finetune import lora, supervised
 
 
-@pytest.mark.parametrize("load_in", ["int8", pytest.param("8bit", marks=on_gpu), pytest.param("4bit", marks=on_gpu)])
+@pytest.mark.parametrize("load_in", ["int8", pytest.param("4bit", marks=on_gpu)])
 def test_an_adapter_has_the_gradients_of_the_quantised_weights(load_in, base, data, tmp_path):
     """Also after an evaluation, where a library may change how it keeps the weights."""
     pytest.importorskip(supervised.LIBRARIES[load_in])
