@@ -1,10 +1,13 @@
 """What the laws of quantised models are tried on: ways to quantise, and what their matrices stand for."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -13,8 +16,6 @@ off_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="refused only where there i
 
 def config(method: str) -> Any:
     """A quantization_config of transformers."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
     if method.startswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
         few = method.endswith("4 bits")
@@ -46,6 +47,14 @@ EXACT = [  # what they round is weights
     ),
 ]
 METHODS = [*EXACT, "bitsandbytes 8 bits"]  # which rounds the inputs of matrices too
+
+
+def quantise(folder: Path, method: str = "int8") -> Path:
+    """A copy of a model's folder, quantised, in bfloat16."""
+    new = Path(shutil.copytree(folder, folder.with_name(f"{folder.name} in {method}")))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(method), dtype=torch.bfloat16)
+    model.save_pretrained(new)
+    return new
 
 
 def dequantised(matrix: nn.Linear) -> Tensor:

@@ -1,10 +1,14 @@
 """Laws of fine-tuning in fewer bits: quantised weights, and products in bfloat16."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from finetuning import history, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
-from models import agree, make, text
-from quantizing import dequantised, on_gpu
+from models import agree, make, same, text
+from peft import AutoPeftModelForCausalLM
+from quantizing import dequantised, on_gpu, quantise
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +37,18 @@ def test_an_adapter_has_the_gradients_of_the_quantised_weights(load_in, base, da
     for model in (quantised, whole.train()):
         model(input_ids=ids, labels=ids).loss.backward()
     agree(trained_gradients(quantised), trained_gradients(whole), rtol=1e-3)
+
+
+def test_an_adapter_trains_beside_a_model_that_was_saved_quantised(base, data, tmp_path):
+    model = quantise(Path(shutil.copytree(base, tmp_path / "tiny")))
+    result = train("lora", model, data, tmp_path / "run", bf16=True)
+    losses = [entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(result)
+    assert adapted.get_base_model().is_quantized
+    ids = torch.arange(2, 60)[None]
+    with torch.no_grad():
+        same(adapted.train()(ids).logits, adapted.eval()(ids).logits)
 
 
 def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:

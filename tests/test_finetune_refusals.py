@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from finetuning import own_cache, refusal, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import make
-from quantizing import off_gpu
+from quantizing import off_gpu, quantise
 
 from rwkv_finetune import lora
+from rwkv_finetune.arguments import Refusal
 from rwkv_finetune.data import DataArguments
+from rwkv_finetune.merge import merge
 from rwkv_finetune.run import recipe
 from rwkv_finetune.run_folder import complete_checkpoints
 from rwkv_finetune.trainer import RwkvTrainer
@@ -95,6 +97,27 @@ def test_a_disk_without_room_is_refused_before_training(base, data, tmp_path, mo
 def test_what_cannot_work_is_refused_in_one_sentence(program, options, said, base, data, tmp_path, capsys):
     assert said in refusal(program, capsys, base, data, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "said"),
+    [
+        ("full", {}, "rwkv finetune lora"),
+        ("state", {}, "rwkv finetune lora"),
+        ("lora", {"load_in": "int8"}, "quantized already"),
+    ],
+)
+def test_what_cannot_be_trained_on_a_quantised_model_is_refused(program, options, said, base, data, tmp_path, capsys):
+    model = quantise(Path(shutil.copytree(base, tmp_path / "tiny")))
+    assert said in refusal(program, capsys, model, data, tmp_path / "run", **options)
+
+
+def test_an_adapter_is_not_merged_into_a_quantised_model(base, data, tmp_path):
+    model = quantise(Path(shutil.copytree(base, tmp_path / "tiny")))
+    adapter = train("lora", model, data, tmp_path / "run", max_steps=1, save_steps=1, eval_steps=1)
+    with pytest.raises(Refusal, match="--base"):
+        merge(adapter, tmp_path / "merged")
+    assert merge(adapter, tmp_path / "merged", base=str(base)) > 0
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import pytest
 import torch
 from commands import VOCAB_SIZE, random_model, refused, rwkv, write_on  # noqa: F401 - a fixture
 from models import agree, make, padded, same, text
-from quantizing import DEVICE, EXACT, METHODS, config, dequantised, on_gpu
+from quantizing import DEVICE, EXACT, METHODS, config, dequantised, on_gpu, quantise
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from modeling_rwkv import RwkvForCausalLM
+from modeling_rwkv.modeling_rwkv import RwkvLayerNorm
 from rwkv_eval.zero_shot import sha256
 
 # Groups of 32 inputs fit, and nothing else is round.
@@ -80,6 +81,14 @@ def test_only_the_matrices_of_blocks_are_quantised(method, dtype, plain):
         layers = model(ids(2, 5)).past_key_values.layers
     assert {layer.wkv.dtype for layer in layers} == {torch.float32}
     assert {layer.time_mix.dtype for layer in layers} == {dtype}
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_norm_of_more_bits_answers_in_those_of_its_input(wide):
+    norm = RwkvLayerNorm(33, dtype=wide, device=DEVICE)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 33, device=DEVICE).to(torch.float32 if wide == torch.float64 else torch.bfloat16)
+    same(norm(x), norm(x.to(wide)).to(x.dtype))
 
 
 @torch.no_grad()
@@ -181,12 +190,11 @@ def test_what_is_saved_is_what_is_loaded(method, dtype, plain, tmp_path):
 
 @pytest.fixture(name="saved", scope="module", params=["int8", "int4"])
 def saved_model(request, folder, tmp_path_factory):
-    """A quantised model of bytes in bfloat16, with its tokenizer: groups of 32 are more than its inputs."""
-    path = tmp_path_factory.mktemp("saved")
-    make({"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2}).save_pretrained(path / "plain")
-    load(path / "plain", request.param, torch.bfloat16).save_pretrained(path / "model")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(path / "model")
-    return path / "model"
+    """A quantised model of bytes in bfloat16, with its tokenizer."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    make({"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2}).save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return quantise(path, request.param)
 
 
 @pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
@@ -206,8 +214,9 @@ def test_a_missing_library_is_named(saved, monkeypatch):
     refused(rwkv("generate", "Once", "--model", saved), "torchao", "pip install modeling-rwkv[quantize]")
 
 
-def test_libraries_make_no_remarks_on_the_standard_error_of_commands(saved):
-    program = [sys.executable, "-m", "modeling_rwkv.cli", "generate", "Once", "--model", str(saved)]
-    done = subprocess.run([*program, "--device", "nowhere"], capture_output=True, text=True, check=False)
+def test_libraries_make_no_remarks_on_the_standard_error_of_commands():
+    words = [sys.executable, "-m", "modeling_rwkv.cli", "generate", "Once", "--device", "nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [done.stderr.strip()] and done.stderr.startswith("Error: ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
