@@ -33,8 +33,10 @@ class RwkvLayerNorm(nn.LayerNorm):
     """A layer norm whose parameters may be of more bits than what it is given, as beside quantized matrices."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C) to the same, normed in the dtype of the parameters."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        """x: (..., C) to the same, normed in the widest dtype of the parameters."""
+        wide = torch.promote_types(self.weight.dtype, self.bias.dtype)
+        parameters = self.weight.to(wide), self.bias.to(wide)
+        return nn.functional.layer_norm(x.to(wide), self.normalized_shape, *parameters, self.eps).to(x.dtype)
 
 
 class RwkvTimeMix(nn.Module):

@@ -129,7 +129,11 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_are_declared(room):
     """What a room imports is a dependency, so that an installation without [dev] works."""
-    extras = {"eval": ["eval"], "finetune": ["finetune"], "kernels": ["cuda"]}  # what a room may do without
+    extras = {
+        "eval": ["eval"],
+        "finetune": ["finetune", "quantize"],
+        "kernels": ["cuda"],
+    }  # what a room may do without
     asked_for = declared(*extras.get(room, []))
     providers = importlib.metadata.packages_distributions()
     ours = set(PACKAGES) | set(sys.stdlib_module_names)

@@ -83,12 +83,17 @@ def test_only_the_matrices_of_blocks_are_quantised(method, dtype, plain):
     assert {layer.time_mix.dtype for layer in layers} == {dtype}
 
 
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_a_norm_of_more_bits_answers_in_those_of_its_input(wide):
-    norm = RwkvLayerNorm(33, dtype=wide, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("narrow", [[], ["bias"], ["weight"]])
+def test_a_norm_of_more_bits_answers_in_those_of_its_input(narrow, dtype):
+    """A library may load some of its parameters in fewer bits than others."""
+    norm = RwkvLayerNorm(33, dtype=torch.float64, device=DEVICE)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    x = torch.randn(2, 5, 33, device=DEVICE).to(torch.float32 if wide == torch.float64 else torch.bfloat16)
-    same(norm(x), norm(x.to(wide)).to(x.dtype))
+    for name in narrow:
+        norm.get_parameter(name).data = norm.get_parameter(name).data.to(dtype)
+    x = torch.randn(2, 5, 33, device=DEVICE).to(dtype)
+    expected = nn.functional.layer_norm(x.double(), (33,), norm.weight.double(), norm.bias.double(), norm.eps)
+    same(norm(x), expected.to(dtype))
 
 
 @torch.no_grad()
