@@ -212,8 +212,7 @@ def load_model(
             raise Refusal(f"model {name} is quantized: only an adapter can be trained on it, by rwkv finetune lora")
         if quantized and load_in:
             raise Refusal(f"load_in is {load_in}, but {name} is quantized already; leave load_in out")
-        if "bitsandbytes" in (LIBRARIES.get(load_in or ""), quantized.get("quant_method")):
-            _check_gpu()
+        _check_library(quantized.get("quant_method") or LIBRARIES.get(load_in or ""), args)
         return AutoModelForCausalLM.from_pretrained(
             name, dtype="auto" if quantized else dtype, quantization_config=_quantization(load_in, dtype)
         )
@@ -225,11 +224,14 @@ def load_model(
         ) from error
 
 
-def _check_gpu() -> None:
+def _check_library(library: str | None, args: SupervisedArguments) -> None:
     """On a CPU bitsandbytes 0.50 rounds inputs of 8-bit matrices to 8 bits in an evaluation, and not in training; and
-    it repacks matrices of 4 bits in an evaluation, and then gives wrong gradients."""
-    if not torch.accelerator.is_available():
+    it repacks matrices of 4 bits in an evaluation, and then gives wrong gradients. DDP and FSDP2 stop at the tensors
+    of torchao 0.18."""
+    if library == "bitsandbytes" and not torch.accelerator.is_available():
         raise Refusal("weights of bitsandbytes need a GPU: on a CPU they train and evaluate differently; use int8")
+    if library == "torchao" and args.world_size > 1:
+        raise Refusal(f"weights of torchao train in one process, and there are {args.world_size}; use 8bit or 4bit")
 
 
 def _quantization(load_in: str | None, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:

@@ -112,6 +112,11 @@ def test_what_cannot_be_trained_on_a_quantised_model_is_refused(program, options
     assert said in refusal(program, capsys, model, data, tmp_path / "run", **options)
 
 
+def test_weights_of_torchao_are_refused_in_several_processes(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lora.LoraTrainingArguments, "world_size", property(lambda self: 3))
+    assert "there are 3" in refusal("lora", capsys, base, data, tmp_path / "run", load_in="int8")
+
+
 def test_an_adapter_is_not_merged_into_a_quantised_model(base, data, tmp_path):
     model = quantise(Path(shutil.copytree(base, tmp_path / "tiny")))
     adapter = train("lora", model, data, tmp_path / "run", max_steps=1, save_steps=1, eval_steps=1)
