@@ -9,8 +9,9 @@ Rows are made and saved by transformers' `quantization_config` alone; what is no
 vectors, float32. Size, memory and speed are of random weights in `--shape`. Memory is the peak of a process that loads
 what was saved and writes `--tokens` tokens: on a GPU what PyTorch's allocator gave out, on a CPU see `MEMORY` in
 `measure.py`, here above what was resident before the model was loaded. Speed is of `generate`, one row, the likeliest
-token each time; rows write by turns. Bits per byte are of the model in the box on `--file`, UTF-8 with documents
-separated by <|endoftext|>, as `rwkv_eval.perplexity` measures them.
+token each time; rows write by turns. On a CPU it counts CPU seconds, which other programs disturb less. Bits per byte
+are of the model in the box on `--file`, UTF-8 with documents separated by <|endoftext|>, as `rwkv_eval.perplexity`
+measures them.
 
 First the logits of each row must be those of a model that holds the numbers which the row's matrices stand for; if
 not, nothing is measured and the exit code is 1.
@@ -127,7 +128,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     report["agree"] = all(found <= TOLERANCE.get(row, FEW_ROUNDINGS) for row, found in report["disagreement"].items())
     if report["agree"]:
         for row, seconds in speeds(models["shape"], args).items():
-            report["rows"][row] |= {"seconds": seconds, "tokens_per_second": args.tokens / seconds["median"]}
+            report["rows"][row] |= {
+                "seconds": seconds,
+                "tokens_per_second": args.tokens / seconds[args.clock]["median"],
+            }
             report["rows"][row]["peak_bytes"] = json.loads(alone("--peak-of", str(folder / "shape" / row)))
         for row, model in models["box"].items() if args.file else ():
             progress(f"{row}: bits per byte")
@@ -196,12 +200,12 @@ def write(model: nn.Module, tokens: int) -> None:
 
 
 def speeds(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Wall seconds of writing, by row."""
+    """Seconds of writing, by row and clock."""
     progress(f"speed of {', '.join(models)}")
     for model in models.values():
         write(model, 2)
     jobs = {row: partial(write, model, args.tokens) for row, model in models.items()}
-    return {row: seconds.summary()["wall"] for row, seconds in interleaved(jobs, args.repeats).items()}
+    return {row: seconds.summary() for row, seconds in interleaved(jobs, args.repeats).items()}
 
 
 def peak(folder: Path, args: argparse.Namespace) -> int:
@@ -290,6 +294,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("device is cuda, but there is no GPU that PyTorch can use; leave it out")
+    args.clock = "wall" if args.device == "cuda" else "cpu"
     return args
 
 
