@@ -94,7 +94,7 @@ def main() -> int:
             report = run(args, Path(folder))
     print("\n".join(text(report)))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot and report["agree"]:
         plot(report, args.plot)
     return 0 if report["agree"] else 1
@@ -105,8 +105,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours(args.shape, args.seed, torch.float32).model.save_pretrained(folder / "random")
     sources = {"box": demo_model_path(), "shape": folder / "random"}
     models: dict[str, dict[str, nn.Module]] = {name: {} for name in sources}
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peak_of")}
     report: dict[str, Any] = {
-        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peak_of")},
+        "settings": settings | {"file": args.file and args.file.name},
         "memory": "given out by PyTorch's allocator" if args.device == "cuda" else MEMORY,
         "environment": environment(["modeling-rwkv", "torch", "torchao", "transformers", "bitsandbytes"]),
         "rows": {},

@@ -4,6 +4,7 @@ Methods that round the weights and nothing else are held to the laws of the mode
 dequantised weights, however a text is read.
 """
 
+import json
 import subprocess
 import sys
 
@@ -225,3 +226,10 @@ def test_libraries_make_no_remarks_on_the_standard_error_of_commands():
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
+
+
+def test_the_command_evaluates_a_quantised_model(saved, tmp_path):
+    result = rwkv("eval", saved, "--quick", "--tasks", "lambada_openai", "--limit", 2, "--output", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["rwkv"]["dtype"] == "bfloat16"
