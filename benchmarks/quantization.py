@@ -198,6 +198,8 @@ def write(model: nn.Module, tokens: int) -> None:
     model.generate(
         torch.arange(PROMPT, device=model.device)[None], max_new_tokens=tokens, do_sample=False, use_cache=True
     )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def speeds(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
