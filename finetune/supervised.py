@@ -206,37 +206,45 @@ def load_model(
         config = AutoConfig.from_pretrained(name)
         if not isinstance(config, RwkvConfig):
             raise Refusal(f"{name} is a model of the type {config.model_type}; these programs train rwkv")
+        quantized = getattr(config, "quantization_config", None) or {}
+        _check_quantization(name, quantized.get("quant_method"), load_in, adapted, args)
         dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
-        quantized = getattr(config, "quantization_config", {})
-        if quantized and not adapted:
-            raise Refusal(f"model {name} is quantized: only an adapter can be trained on it, by rwkv finetune lora")
-        if quantized and load_in:
-            raise Refusal(f"load_in is {load_in}, but {name} is quantized already; leave load_in out")
-        _check_library(quantized.get("quant_method") or LIBRARIES.get(load_in or ""), args)
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto" if quantized else dtype, quantization_config=_quantization(load_in, dtype)
-        )
+        given: dict[str, Any] = {"dtype": "auto" if quantized else dtype}
+        if load_in:  # as None, it would hide that a model was saved quantized
+            given["quantization_config"] = _quantization(load_in, dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, **given)
     except (OSError, ValueError) as error:
         raise Refusal(f"no model can be loaded from {name}: {error}") from error
     except ImportError as error:
         raise Refusal(
             f"quantized weights need torchao or bitsandbytes: pip install modeling-rwkv[quantize] ({error})"
         ) from error
+    if quantized and not model.hf_quantizer.is_trainable:
+        raise Refusal(f"transformers and peft train no adapter beside the weights of {name}: quantize them to 8 bits")
+    return model
 
 
-def _check_library(library: str | None, args: SupervisedArguments) -> None:
-    """On a CPU bitsandbytes 0.50 rounds inputs of 8-bit matrices to 8 bits in an evaluation, and not in training; and
-    it repacks matrices of 4 bits in an evaluation, and then gives wrong gradients. DDP and FSDP2 stop at the tensors
-    of torchao 0.18."""
+def _check_quantization(
+    name: str, library: str | None, load_in: str | None, adapted: bool, args: SupervisedArguments
+) -> None:
+    """Refuse what cannot be trained, of a model that ``library`` quantized, or is asked to.
+
+    On a CPU bitsandbytes 0.50 rounds inputs of 8-bit matrices to 8 bits in an evaluation, and not in training; and it
+    repacks matrices of 4 bits in an evaluation, and then gives wrong gradients. DDP and FSDP2 stop at the tensors of
+    torchao 0.18.
+    """
+    if library and not adapted:
+        raise Refusal(f"model {name} is quantized: only an adapter can be trained on it, by rwkv finetune lora")
+    if library and load_in:
+        raise Refusal(f"load_in is {load_in}, but {name} is quantized already; leave load_in out")
+    library = library or LIBRARIES.get(load_in or "")
     if library == "bitsandbytes" and not torch.accelerator.is_available():
         raise Refusal("weights of bitsandbytes need a GPU: on a CPU they train and evaluate differently; use int8")
     if library == "torchao" and args.world_size > 1:
         raise Refusal(f"weights of torchao train in one process, and there are {args.world_size}; use 8bit or 4bit")
 
 
-def _quantization(load_in: str | None, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig | None:
-    if load_in is None:
-        return None
+def _quantization(load_in: str, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig:
     if load_in == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -345,7 +345,7 @@ def generate(
         write(piece)
 
     start = time.perf_counter()
-    with explained(model.device), few_threads(model):
+    with explained(model.device, getattr(model, "is_quantized", False)), few_threads(model):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -364,7 +364,7 @@ def generate(
 
 
 @contextmanager
-def explained(device: torch.device) -> Iterator[None]:
+def explained(device: torch.device, quantized: bool = False) -> Iterator[None]:
     """Errors that have their cause in the size or the numbers of a model."""
     try:
         yield
@@ -374,7 +374,13 @@ def explained(device: torch.device) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "probability tensor" not in str(error):
-            raise
+            if not quantized:
+                raise
+            # Not every library has a kernel for every device and width.
+            raise GenerateError(
+                f"the quantized weights do not work on {device} ({str(error).splitlines()[0]}): "
+                "try another --device, or the model that they were quantized from"
+            ) from error
         raise GenerateError(
             "the model's logits are not finite: try --dtype float32, or get the weights again"
         ) from error

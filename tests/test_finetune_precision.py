@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetuning import history, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
+from finetuning import history, logits, own_cache, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import agree, make, same, text
 from peft import AutoPeftModelForCausalLM
 from quantizing import dequantised, on_gpu, quantise
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from rwkv_finetune import lora, supervised
 
@@ -44,11 +45,16 @@ def test_an_adapter_trains_beside_a_model_that_was_saved_quantised(base, data, t
     result = train("lora", model, data, tmp_path / "run", bf16=True)
     losses = [entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+    args = supervised.SupervisedArguments(output_dir=str(tmp_path / "no"), report_to="none")
+    built = lora.build(lora.LoraArguments(model=str(model)), args)
+    same(logits(built), logits(AutoModelForCausalLM.from_pretrained(model)))
     adapted = AutoPeftModelForCausalLM.from_pretrained(result)
     assert adapted.get_base_model().is_quantized
-    ids = torch.arange(2, 60)[None]
+    built.load_adapter(result, "default")
+    evaluated = logits(built)
+    same(logits(adapted), evaluated)
     with torch.no_grad():
-        same(adapted.train()(ids).logits, adapted.eval()(ids).logits)
+        same(built.train()(torch.arange(2, 60)[None]).logits, evaluated)
 
 
 def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from finetuning import own_cache, refusal, swapped_words, tiny_model, train  # noqa: F401 - fixtures
+from finetuning import own_cache, refusal, save_model, swapped_words, tiny_model, train  # noqa: F401 - fixtures
 from models import make
 from quantizing import off_gpu, quantise
 
@@ -100,15 +100,18 @@ def test_what_cannot_work_is_refused_in_one_sentence(program, options, said, bas
 
 
 @pytest.mark.parametrize(
-    ("program", "options", "said"),
+    ("program", "method", "options", "said"),
     [
-        ("full", {}, "rwkv finetune lora"),
-        ("state", {}, "rwkv finetune lora"),
-        ("lora", {"load_in": "int8"}, "quantized already"),
+        ("full", "int8", {}, "rwkv finetune lora"),
+        ("state", "int8", {}, "rwkv finetune lora"),
+        ("lora", "int8", {"load_in": "int8"}, "quantized already"),
+        ("lora", "int4", {}, "8 bits"),
     ],
 )
-def test_what_cannot_be_trained_on_a_quantised_model_is_refused(program, options, said, base, data, tmp_path, capsys):
-    model = quantise(Path(shutil.copytree(base, tmp_path / "tiny")))
+def test_what_cannot_be_trained_on_a_quantised_model_is_refused(
+    program, method, options, said, data, tmp_path, capsys
+):
+    model = quantise(save_model(tmp_path / "tiny", hidden_size=32), method)
     assert said in refusal(program, capsys, model, data, tmp_path / "run", **options)
 
 

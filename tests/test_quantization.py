@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from commands import VOCAB_SIZE, random_model, refused, rwkv, write_on  # noqa: F401 - a fixture
+from commands import VOCAB_SIZE, raiser, random_model, refused, rwkv, write_on  # noqa: F401 - a fixture
 from models import agree, make, padded, same, text
 from quantizing import DEVICE, EXACT, METHODS, config, dequantised, on_gpu, quantise
 from torch import nn
@@ -218,6 +218,14 @@ def test_a_missing_library_is_named(saved, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.setitem(sys.modules, name, None)
     refused(rwkv("generate", "Once", "--model", saved), "torchao", "pip install modeling-rwkv[quantize]")
+
+
+def test_what_a_library_cannot_multiply_is_told_in_a_sentence(saved, monkeypatch):
+    monkeypatch.setattr(nn.Linear, "forward", raiser(RuntimeError("shape '[20, 3]' is invalid\nfor input")))
+    result = rwkv("generate", "Once", "--model", saved)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "[20, 3]" in line and "--device" in line
 
 
 def test_libraries_make_no_remarks_on_the_standard_error_of_commands():
