@@ -113,7 +113,8 @@ class Talk:
     def _answer(self, method: Callable[..., str], *message: str) -> None:
         from modeling_rwkv import generation
 
-        with generation.explained(self.conversation.model.device):
+        model = self.conversation.model
+        with generation.explained(model.device, getattr(model, "is_quantized", False)):
             method(*message, write=write, **self.options)
         write("\n")
 
