@@ -19,7 +19,8 @@ namespace wkv4 {
 using namespace cpu;
 
 constexpr int TILE = 64;        // tokens between two states that the forward pass keeps for the backward pass
-constexpr int GROUP = 2;        // vectors of channels that one thread takes at a time
+constexpr int GROUP = 4;        // vectors of channels that one thread takes at a time
+constexpr int TURN = 8;         // tokens that each of them then takes in turn
 constexpr int SEGMENT = 1024;   // tokens of a segment, a multiple of TILE
 constexpr int AHEAD = 8;        // tokens to fetch ahead of use
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth waking a thread for
@@ -70,7 +71,8 @@ template <class E, bool WHOLE> struct Strand {
     const Arguments& all;
     const int64_t sequence, channel;
     int64_t begin, time;  // where the sequence begins among all tokens, and its length
-    X w, u;
+    X w, u, lead;  // a step of decay, the bonus, and e^(u + w)
+    bool is_near;  // whether one exponential a token will do
 
     WKV_INLINE Strand(const Arguments& all, int64_t sequence, int64_t channel)
         : all(all), sequence(sequence), channel(channel) {
@@ -79,6 +81,10 @@ template <class E, bool WHOLE> struct Strand {
         const X decay = row(all.time_decay, 0), most = X{} + 30;
         w = -exp_(decay > most ? most : decay);
         u = row(all.time_first, 0);
+        lead = exp_(u + w);
+        const auto far = (u + w <= FAR) | (u + w >= MOST) | (u != u);
+        is_near = true;
+        for (int i = 0; i < LANES<R>; ++i) is_near &= !far[i];
     }
 
     WKV_INLINE int lanes() const { return WHOLE ? LANES<R> : int(all.channels - channel); }
@@ -129,11 +135,14 @@ template <class E, bool WHOLE> struct Strand {
     }
 
     // Outputs, and states at the beginning of tiles, of the tokens from..to; the state after them.
-    State<X> forward(State<X> s, int64_t from, int64_t to) const {
+    State<X> forward(const State<X>& s, int64_t from, int64_t to) const {
+        return is_near ? forward_as<true>(s, from, to) : forward_as<false>(s, from, to);
+    }
+    template <bool NEAR> State<X> forward_as(State<X> s, int64_t from, int64_t to) const {
         for (int64_t t = from; t < to; ++t) {
             if (all.tiles && t % TILE == 0) set_state(all.tiles, tile(t), s);
             const X k = read<1>(all.key, t), v = read<1>(all.value, t);
-            const Weights<X> weights = weigh(w, u, k, s.p);
+            const Weights<X> weights = NEAR ? weigh_near(w, lead, k, s.p) : weigh(w, u, k, s.p);
             write(all.output, t, output(s, weights, v));
             absorb(s, weights, v);
         }
@@ -257,6 +266,25 @@ template <class E, class Work> void each(const Arguments& all, const std::vector
 
 // -- both passes ------------------------------------------------------------------------------------------------------
 
+// Outputs of a piece, from its `start` (3, C) or, for null, the initial state. The strands take turns, since they are
+// neighbours in memory, and tokens are far apart: each would else come to as many pages.
+template <class Strand, class R> void forward(const std::vector<Strand>& strands, const Piece& piece, const R* start) {
+    std::vector<State<typename Strand::X>> states;
+    for (const Strand& strand : strands) {
+        const auto kept = [&](const void* x, int64_t i) { return strand.state(x, i); };
+        states.push_back(strand.time == 0 ? kept(strand.all.state, strand.sequence)  // as it was
+                         : start          ? kept(start, 0)
+                                          : strand.initial());
+    }
+    for (int64_t from = piece.from, to = from; from < piece.to; from = to) {
+        to = from + TURN < piece.to ? from + TURN : piece.to;
+        for (size_t i = 0; i < strands.size(); ++i) states[i] = strands[i].forward(states[i], from, to);
+    }
+    for (size_t i = 0; piece.closing && i < strands.size(); ++i) {
+        strands[i].set_state(strands[i].all.final_state, piece.sequence, states[i]);
+    }
+}
+
 template <class E> void forward(const Arguments& all) {
     typedef RealOf<E> R;
     typedef V<R> X;
@@ -277,22 +305,11 @@ template <class E> void forward(const Arguments& all) {
         });
     }
     each_group<E>(all, pieces, [&](int64_t i, int64_t begin, int64_t end) {
-        const auto [sequence, from, to, closing] = pieces[i];
-        State<X> states[GROUP];
-        int64_t t = from;
-        do {
-            const int64_t stop = t + TILE < to ? t + TILE : to;
-            State<X>* s = states;  // vectors of a group take turns, a tile each: their tokens are neighbours in memory
-            for (int64_t channel = begin; channel < end; channel += LANES<R>, ++s) {
-                with_strand<E>(all, sequence, channel, [&](const auto& strand) {
-                    if (t == from) *s = from > 0 ? strand.state(&starts[0], i) : strand.initial();
-                    if (strand.time == 0) *s = strand.state(all.state, strand.sequence);  // as it was
-                    *s = strand.forward(*s, t, stop);
-                    if (stop == to && closing) strand.set_state(all.final_state, strand.sequence, *s);
-                });
-            }
-            t = stop;
-        } while (t < to);
+        const R* start = pieces[i].from > 0 ? &starts[3 * i * all.channels] : nullptr;
+        std::vector<Strand<E, true>> whole;
+        for (; begin + LANES<R> <= end; begin += LANES<R>) whole.emplace_back(all, pieces[i].sequence, begin);
+        forward(whole, pieces[i], start);
+        if (begin < end) forward(std::vector<Strand<E, false>>{{all, pieces[i].sequence, begin}}, pieces[i], start);
     });
 }
 

@@ -58,10 +58,22 @@ template <class R> WKV_INLINE Weights<R> weigh(R w, R u, R k, R& p) {
     return weights;
 }
 
+// The same at the cost of one exponential, given lead = e^(u + w), by which a token counts more in its output than in the
+// state after it. For FAR < u + w < MOST: then a past that rounds to nothing is less than e^-47 of the output, and no value
+// is too large for float32 that is less than 1e36.
+constexpr float FAR = -40, MOST = 4;
+template <class R> WKV_INLINE Weights<R> weigh_near(R w, R lead, R k, R& p) {
+    Weights<R> weights;
+    p = p + w;
+    balance(p, k, weights.past, weights.now);
+    weights.old = weights.past, weights.bonus = weights.now * lead;
+    return weights;
+}
+
 // The same where the exponent stays at `level`, given decay = e^w and lead = e^u. For keys that are at most 2 RANGE below
 // it and none above, and LEAST < u < MOST: then no denominator is less than e^-64, and a past that rounds to nothing is
 // nothing beside it.
-constexpr float RANGE = 22, LEAST = -20, MOST = 4;
+constexpr float RANGE = 22, LEAST = -20;
 template <class R> WKV_INLINE Weights<R> weigh_level(R decay, R lead, R k, R level) {
     const R now = exp_(k - level);
     return {decay, now, R{} + 1, now * lead};
