@@ -27,6 +27,7 @@ from modeling_rwkv.generation import TextPieces, encode
 
 VERSION = 1  # of what `Conversation.save` writes beside the state
 _NOTE = "conversation"
+PART = 4096  # tokens of a message that are read at once: a long one needs the memory of a part
 Message = dict[str, str]  # role and content
 Write = Callable[[str], object]
 
@@ -117,7 +118,8 @@ class Conversation:
         )
         state = self.place.state.clone()
         if ids.shape[1] > 1:
-            self.model.base_model(ids[:, :-1], past_key_values=state, use_cache=True)
+            for part in ids[:, :-1].split(PART, dim=1):
+                self.model.base_model(part, past_key_values=state, use_cache=True)
         return self._answer(Turn((self.messages, self.place), messages, prompt, ids, state), write, options)
 
     def retry(self, write: Write = lambda piece: None, **options: Any) -> str:
