@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
@@ -235,6 +235,7 @@ class RwkvCache(Cache):
 
         Raises:
             ValueError: there is no state yet, or its sizes are not those of ``model``.
+            OSError: the file cannot be written.
         """
         if not self.layers:
             raise ValueError("this RwkvCache is empty, there is nothing to save: run the model on some tokens first")
@@ -254,10 +255,14 @@ class RwkvCache(Cache):
             self.check_sizes(model.config, "the state")
             metadata["model"] = model_fingerprint(model)
         path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            temporary = Path(folder) / path.name
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(path)
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".rwkv-") as folder:
+                temporary = Path(folder) / "state"
+                temporary.write_bytes(save(tensors, metadata))
+                temporary.replace(path)
+        except OSError as error:  # of a name that nobody gave
+            error.filename, error.filename2 = str(path), None
+            raise
 
     @classmethod
     def load(

@@ -1,5 +1,8 @@
 """States in files: whole or not at all, bit for bit, and only for the model that they are of."""
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 import torch
 from models import make, same, text
@@ -45,21 +48,39 @@ def test_a_saved_cache_may_have_a_graph_or_shared_rows_behind_it(tmp_path):
     assert not any(part.requires_grad for part in flat(loaded))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+@contextmanager
+def full_disk():
+    """Files may hold 100 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "state"
     cache = read(make(), text(1, 6))
     cache.save(path)
     before = path.read_bytes()
-
-    def fill_the_disk(tensors, filename, metadata=None):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("modeling_rwkv.cache.save_file", fill_the_disk)
-    with pytest.raises(OSError, match="No space"):
-        read(make(), text(2, 9)).save(path)
+    longer = read(make(), text(2, 9))
+    with full_disk(), pytest.raises(OSError, match="too large") as caught:
+        longer.save(path)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder", "no/where", "state/x", "x" * 300])
+def test_where_no_file_can_be_the_error_has_its_name(tmp_path, name):
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    cache = read(make(), text(1, 6))
+    cache.save(tmp_path / "state")
+    with pytest.raises(OSError) as caught:
+        cache.save(f"{tmp_path}/{name}")
+    assert caught.value.filename == str(tmp_path / name) and not caught.value.filename2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "full", "state"]
+    cache.save(tmp_path / ("x" * 255))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "int8"])
