@@ -64,6 +64,8 @@ class RwkvTimeMix(nn.Module):
         x_key, x_value, x_receptance = shift_and_mix(x, previous, layout, *mixes)
         key = self.key(x_key)
         value = self.value(x_value).to(key.dtype)  # under autocast, quantised layers need not agree
+        if state is not None:  # which may come from this model in another dtype
+            state = state.to(torch.promote_types(key.dtype, torch.float32))
         wkv, state = wkv4(self.time_decay, self.time_first, key, value, state, layout.cu_seqlens)
         return self.output(gate(self.receptance(x_receptance), wkv, scale)), state
 

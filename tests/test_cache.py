@@ -216,12 +216,15 @@ def test_to_moves_everything_and_casts_what_follows_the_model():
 
 
 @torch.no_grad()
-def test_a_cache_may_come_from_the_same_model_in_another_dtype():
-    model, small = make(), make(dtype=torch.bfloat16)
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64])
+def test_a_cache_may_come_from_the_same_model_in_another_dtype(other):
+    first, second = make(), make(dtype=other)
     ids, more = text(2, 6), text(2, 3)
-    for cache in (read(model, ids), read(model, ids).to(dtype=torch.bfloat16)):
-        logits = small(more, past_key_values=cache).logits
-        assert (logits - model(more, past_key_values=read(model, ids)).logits).abs().mean() < 0.1
+    expected = first(more, past_key_values=read(first, ids)).logits
+    for model, past in ((second, first), (first, second)):
+        for cache in (read(past, ids), read(past, ids).to(dtype=model.dtype)):
+            logits = model(more, past_key_values=cache).logits
+            assert (logits - expected).abs().mean() < (0.1 if other == torch.bfloat16 else 1e-5)
 
 
 def test_what_an_rnn_cannot_do_is_refused_with_a_cure():
