@@ -287,6 +287,8 @@ class RwkvCache(Cache):
             ]
             if "fingerprint" in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
                 cache.fingerprint = file.get_tensor("fingerprint")
+            if not _fit_together(cache.layers):
+                raise SafetensorError("the sizes of its layers are not those of a state")
         if model is not None:
             cache.check_sizes(model.config, f"the state in {path}")
             saved, has_weights = metadata.get("model"), model.device.type != "meta"
@@ -335,6 +337,15 @@ def _opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iter
             yield file
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
+
+
+def _fit_together(layers: list[LayerState]) -> bool:
+    """Whether there are layers, all of the shapes that LayerState says, for one B, C and A."""
+    shapes = {tuple(part.shape for part in layer) for layer in layers}
+    if len(shapes) != 1:
+        return False
+    ((time_mix, channel_mix, wkv),) = shapes
+    return len(time_mix) == 2 and time_mix == channel_mix and len(wkv) == 3 and wkv[:2] == (time_mix[0], 3)
 
 
 def _fingerprint(before: Tensor | None, input_ids: Tensor, valid: Tensor | None) -> Tensor:

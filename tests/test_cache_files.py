@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from models import make, same, text
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +77,7 @@ def test_where_no_file_can_be_the_error_has_its_name(tmp_path, name):
     (tmp_path / "folder" / "full").mkdir(parents=True)
     cache = read(make(), text(1, 6))
     cache.save(tmp_path / "state")
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=str(tmp_path)) as caught:
         cache.save(f"{tmp_path}/{name}")
     assert caught.value.filename == str(tmp_path / name) and not caught.value.filename2
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "full", "state"]
@@ -168,6 +169,32 @@ def test_another_or_a_damaged_file_is_refused(kind, tmp_path):
     if kind not in ("truncated", "without a layer", "without its numbers"):  # whose header is whole
         with pytest.raises(ValueError, match="saved RwkvCache"):
             saved_notes(tmp_path / "state")
+
+
+MISFITS = {  # tensors and metadata of a file, changed
+    "no layers": lambda tensors, metadata: metadata.update(num_layers="0"),
+    "two rows in a layer": lambda tensors, metadata: twice(tensors, "layers.1.wkv"),
+    "two rows in a part": lambda tensors, metadata: [twice(tensors, f"layers.{i}.time_mix") for i in range(3)],
+    "other channels": lambda tensors, metadata: twice(tensors, "layers.2.channel_mix", dim=1),
+    "four rows of WKV": lambda tensors, metadata: [twice(tensors, f"layers.{i}.wkv", dim=1) for i in range(3)],
+    "numbers alone": lambda tensors, metadata: tensors.update({name: torch.tensor(1.0) for name in tensors}),
+}
+
+
+def twice(tensors, name, dim=0):
+    tensors[name] = torch.cat([tensors[name]] * 2, dim=dim)
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_file_whose_tensors_do_not_fit_together_is_refused(kind, tmp_path):
+    path = tmp_path / "state"
+    read(make(), text(1, 6)).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    MISFITS[kind](tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="damaged"):
+        RwkvCache.load(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
