@@ -71,10 +71,6 @@ def _check_prompt(value: str) -> str:
     """The prompt; `-` is standard input, without the line break that `echo` puts at its end."""
     if value == "-":
         value = _read_stdin().removesuffix("\n").removesuffix("\r")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # Python's stand-ins for bytes of the command line that are no text
-        raise CommandError(f"the prompt {value!a} is not UTF-8: write it in UTF-8") from error
     if not value.strip():
         raise CommandError(f"the prompt {value[:20]!r} is empty: give some words to go on from")
     return value

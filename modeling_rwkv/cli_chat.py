@@ -171,6 +171,8 @@ def _typed() -> Iterator[str]:
         except EOFError:
             write("\n")
             return
+        except UnicodeDecodeError:
+            _say("Error: that line is not UTF-8: let the terminal write UTF-8")
         except KeyboardInterrupt:  # at the prompt: away with what was typed
             write("\n")
 

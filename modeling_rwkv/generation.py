@@ -314,8 +314,12 @@ def encode(model: Any, tokenizer: Any, text: str, **options: Any) -> Tensor:
     """The ids (1, n) of a text, on the device of the model.
 
     Raises:
-        GenerateError: it has no tokens, or tokens that the model does not know.
+        GenerateError: it is no Unicode, or has no tokens, or tokens that the model does not know.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes of a command line or a terminal
+        raise GenerateError(f"the text {text[error.start :][:20]!a} is not UTF-8: write it in UTF-8") from error
     ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False, **options)["input_ids"]
     if ids.numel() == 0:
         raise GenerateError(f"the prompt {text!r} is nothing to this model's tokenizer: write something else")
@@ -333,7 +337,7 @@ def generate(
     """Write ``prompt`` and then, as they come, the pieces of its continuation.
 
     Raises:
-        GenerateError: the prompt has no tokens, or tokens that the model does not know.
+        GenerateError: the prompt is no Unicode, or has no tokens, or tokens that the model does not know.
     """
     ids = encode(model, tokenizer, prompt)
     seed = sampling.plant()

@@ -224,7 +224,32 @@ def test_the_model_in_the_box_is_the_default_and_no_chat_model(folder, monkeypat
     assert "no chat" in line
 
 
+def test_a_system_message_that_is_no_text(folder):
+    out, (line,) = talk(folder, "one", options=("--system", "caf\udce9"), code=2)
+    assert out == "" and line.startswith("Error: ") and r"\udce9" in line and "UTF-8" in line
+
+
 # At a terminal
+
+
+def test_at_a_terminal_what_is_no_text_does_not_end_the_talk(folder, monkeypatch, capsys):
+    """Python decodes such bytes to stand-ins, or refuses them, as the locale says."""
+    typed = ["one", "caf\udce9", UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "invalid"), "two", EOFError()]
+
+    def type_on(prompt):
+        if isinstance(typed[0], Exception):
+            raise typed.pop(0)
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", type_on)
+    expected, greedy = Expected(folder, sampling={"do_sample": False}), {"do_sample": False}
+    cli_chat.Talk(Expected(folder).conversation, greedy, max_new_tokens=NEW).run(is_terminal=True)
+    expected.say("one")
+    expected.say("two")
+    out, err = capsys.readouterr()
+    assert out == expected.out + "\n"
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 2 and all("UTF-8" in line for line in errors)
 
 
 class Terminal:
