@@ -94,6 +94,8 @@ count = partial(number, kind=int, fits=lambda x: x >= 1, wanted="a whole number 
 
 def write(text: str) -> None:
     """To standard output at once."""
+    if sys.stdout is None:
+        raise CommandError("standard output is closed: leave it open, or write to a file")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -165,6 +165,7 @@ def _typed() -> Iterator[str]:
     """Lines from a terminal, which readline, where Python has it, lets people edit and find again."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - it is enough to import it
+    write("")  # which says so where there is no output; `input` would raise a RuntimeError
     while True:
         try:
             yield input("> ")

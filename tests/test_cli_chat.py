@@ -208,6 +208,15 @@ def test_input_that_is_no_text(folder, monkeypatch):
         next(cli_chat._piped())
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_an_output_that_is_closed(folder, monkeypatch, is_terminal):
+    monkeypatch.setattr(cli_chat, "_piped", lambda: iter(["one"]))
+    monkeypatch.setattr(sys, "stdout", None)
+    talk = cli_chat.Talk(Expected(folder).conversation, {}, max_new_tokens=NEW)
+    with pytest.raises(CommandError, match="output is closed"):
+        talk.run(is_terminal)
+
+
 def test_a_template_that_cannot_be_used(copy):
     (copy / "chat_template.jinja").write_text("{{ messages | length }}")
     out, (line,) = talk(copy, "one", code=2)
