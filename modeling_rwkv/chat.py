@@ -171,6 +171,7 @@ class Conversation:
                 f"{path} was written with another chat template: give the tokenizer that it was saved with"
             )
         self.messages, self.place, self._turns = messages, Place(text, state), []
+        self._system = [message for message in messages[:1] if message["role"] == "system"]
 
     def _answer(self, turn: Turn, write: Write, options: dict[str, Any]) -> str:
         answer = Answer(turn, self.tokenizer, self._stops, write)

@@ -25,6 +25,9 @@ def test_a_saved_talk_goes_on(vocab, tmp_path):
     for each in (talk, other):
         each.say("why", [" the fox\n\n"])
     same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
+    for each in (talk, other):
+        each.conversation.reset()
+    same_snapshot(snapshot(other.conversation), snapshot(talk.conversation))
     assert RwkvCache.load(path, model=talk.model).seen_tokens > 0
     assert json.loads(saved_notes(path)["conversation"])["messages"][1]["content"] == "the 狐狸?"
 
