@@ -168,7 +168,8 @@ class Conversation:
         messages, text = _read_talk(path)
         if not self._render(messages).startswith(text):
             raise ValueError(
-                f"{path} was written with another chat template: give the tokenizer that it was saved with"
+                f"{path} was written with another chat template: choose that one (template=, rwkv chat --template), "
+                "or give the tokenizer that it was saved with"
             )
         self.messages, self.place, self._turns = messages, Place(text, state), []
         self._system = [message for message in messages[:1] if message["role"] == "system"]
@@ -207,7 +208,7 @@ class Conversation:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=asks
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def _check_template(self) -> None:

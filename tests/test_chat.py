@@ -284,3 +284,6 @@ def test_a_template_may_refuse(vocab):
     with pytest.raises(ValueError, match="refuses the messages: no system here"):
         Conversation(talk.model, talk.tokenizer, system="the rules")
     assert Conversation(talk.model, talk.tokenizer).say("why", max_new_tokens=2) is not None
+    talk.tokenizer.chat_template = "{{ 'User: ' + messages }}"
+    with pytest.raises(ValueError, match="refuses the messages"):
+        Conversation(talk.model, talk.tokenizer)
