@@ -189,7 +189,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write every figure")
     parser.add_argument("--plot", type=Path, help="where to draw them")
     args = parser.parse_args()
-    for name in ("turns", "repeats"):
+    for name in ("turns", "repeats", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

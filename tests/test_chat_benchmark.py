@@ -69,7 +69,12 @@ def test_nothing_is_reported_while_the_sides_differ(run, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--turns", "0"], "turns is 0"), (["--repeats", "0"], "repeats is 0"), (["--shape", "huge"], "huge")],
+    [
+        (["--turns", "0"], "turns is 0"),
+        (["--repeats", "0"], "repeats is 0"),
+        (["--threads", "0"], "threads is 0"),
+        (["--shape", "huge"], "huge"),
+    ],
 )
 def test_bad_input_is_refused(run, capsys, options, said):
     with pytest.raises(SystemExit) as stop:
