@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from modeling_rwkv.sharing import CONFIG_FIELDS, copy_hub_file, is_shared
+from modeling_rwkv.sharing import CONFIG_FIELDS, UploadsHubFile, copy_hub_file, is_shared
 
 
-class RwkvConfig(PretrainedConfig):
+class RwkvConfig(UploadsHubFile, PretrainedConfig):
     """Sizes and settings of an RWKV-4 model.
 
     Args:

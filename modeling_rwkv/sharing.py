@@ -6,7 +6,6 @@ imports this package or says how to install it. Once it has them, it keeps them:
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,26 @@ def share(folder: str | os.PathLike[str]) -> list[Path]:
     """Let every program use the RWKV-4 in ``folder``, and describe it; returns the files that were written or changed.
 
     To config.json, to the tokenizer_config.json of a World tokenizer and to the head of a README.md only what is
-    missing is added; a README.md that is not there is made, see :func:`modeling_rwkv.model_card.write_model_card`.
+    missing is added (an `auto_map` that leads elsewhere leads here from now on); a README.md that is not there is
+    made, see :func:`modeling_rwkv.model_card.model_card`.
 
     Raises:
-        ValueError: ``folder`` has no config.json of an RWKV-4.
+        ValueError: ``folder`` has no config.json of an RWKV-4, or a file that cannot be read; nothing has changed.
     """
-    from modeling_rwkv.model_card import write_model_card  # which knows the model, which knows this
+    from modeling_rwkv.model_card import model_card  # which knows the model, which knows this
 
     folder = Path(folder)
     config = _read(folder / "config.json")
     if (found := config.get("model_type")) != "rwkv":
         raise ValueError(f"{folder} holds a model of type {found!r}, not 'rwkv'; give the folder of an RWKV-4")
-    written = [copy_hub_file(folder), _write(folder / "config.json", config | CONFIG_FIELDS)]
-    if (path := folder / "tokenizer_config.json").exists():
-        settings = _read(path)
+    contents = {"config.json": _json(config, CONFIG_FIELDS)}
+    if (folder / "tokenizer_config.json").exists():
+        settings = _read(folder / "tokenizer_config.json")
         if settings.get("tokenizer_class") == "RwkvTokenizer":
-            written.append(_write(path, settings | TOKENIZER_FIELDS))
-    return written + write_model_card(folder)
+            contents["tokenizer_config.json"] = _json(settings, TOKENIZER_FIELDS)
+    if (card := model_card(folder)) is not None:
+        contents["README.md"] = card
+    return [copy_hub_file(folder), *(_write(folder / name, content) for name, content in contents.items())]
 
 
 def is_shared(auto_map: Any) -> bool:
@@ -56,7 +58,18 @@ def is_shared(auto_map: Any) -> bool:
 def copy_hub_file(folder: str | os.PathLike[str]) -> Path:
     """Put use_modeling_rwkv.py in ``folder``, which is made if it is not there."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copyfile(Path(__file__).with_name(HUB_FILE), Path(folder) / HUB_FILE))
+    return _write(Path(folder) / HUB_FILE, Path(__file__).with_name(HUB_FILE).read_bytes())
+
+
+class UploadsHubFile:
+    """For classes of transformers whose `save_pretrained` uploads the files that changed since it began.
+
+    use_modeling_rwkv.py, which is put there before that, is always among them.
+    """
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
+        timestamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in timestamps.items() if name != HUB_FILE}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -69,8 +82,17 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, content: dict[str, Any]) -> Path:
+def _json(content: dict[str, Any], fields: dict[str, Any]) -> bytes:
+    """``content`` with ``fields``; entries of its `auto_map` for other classes stay."""
+    others = content.get("auto_map")
+    if isinstance(others, dict):
+        fields = fields | {"auto_map": others | fields["auto_map"]}
+    return (json.dumps(content | fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Whole or not at all. A link, such as those of the Hub's cache, is replaced; what it leads to stays as it is."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.write_bytes(content)
     os.replace(unfinished, path)
     return path

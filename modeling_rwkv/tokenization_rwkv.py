@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modeling_rwkv.sharing import TOKENIZER_FIELDS, copy_hub_file, is_shared
+from modeling_rwkv.sharing import TOKENIZER_FIELDS, UploadsHubFile, copy_hub_file, is_shared
 
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"  # as others who publish World models call it
 WORLD_VOCAB = "rwkv_vocab_v20230424.txt"
@@ -31,7 +31,7 @@ BYTES = {letter: byte for byte, letter in LETTERS.items()}
 _OPERATORS = frozenset(r"\^$.|?*+()[]{}-&")  # of a regular expression, or of a set of letters in it
 
 
-class RwkvTokenizer(PreTrainedTokenizerFast):
+class RwkvTokenizer(UploadsHubFile, PreTrainedTokenizerFast):
     """The tokenizer of RWKV World models; a fast one in the sense of transformers.
 
     Id 0 ends a text and pads; it is not part of the vocabulary file. `add_bos_token=True` puts it before every text,

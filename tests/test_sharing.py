@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
 import torch
+import yaml
 from commands import refused, rwkv
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -221,6 +225,46 @@ def test_only_what_is_needed_is_changed(saved, folder):
             assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
+def test_an_auto_map_of_a_person_keeps_its_other_classes(saved, folder, tmp_path):
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    own = {"AutoConfig": "mine.Config", "AutoModelForSequenceClassification": "mine.Classifier"}
+    for name in ("config.json", "tokenizer_config.json"):
+        (copy / name).write_text(json.dumps(settings(copy, name) | {"auto_map": own}))
+    share(copy)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert settings(copy, name)["auto_map"] == own | settings(folder, name)["auto_map"]
+
+
+def test_links_are_replaced_and_what_they_lead_to_stays(saved, tmp_path):
+    """As in the Hub's cache, whose files are links to content that other revisions share."""
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    (tmp_path / "blobs").mkdir()
+    for name in ("config.json", "tokenizer_config.json", "use_modeling_rwkv.py", "README.md"):
+        blob = tmp_path / "blobs" / name
+        blob.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"old")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(blob)
+    before = {blob.name: blob.read_bytes() for blob in (tmp_path / "blobs").iterdir()}
+    share(folder)
+    assert {blob.name: blob.read_bytes() for blob in (tmp_path / "blobs").iterdir()} == before
+    assert settings(folder)["auto_map"] and not any(file.is_symlink() for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer", "model"])
+def test_what_is_pushed_to_the_hub_has_the_file_that_it_names(kind, folder, tmp_path, monkeypatch):
+    """The first time, and again where everything is there already."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    uploads = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: SimpleNamespace(repo_id="me/fox"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: uploads.append(operations))
+    saver = {"config": model.config, "tokenizer": tokenizer, "model": model}[kind]
+    for _ in range(2):
+        saver.save_pretrained(str(tmp_path / "out"), push_to_hub=True, repo_id="me/fox")
+    for operations in uploads:
+        assert "use_modeling_rwkv.py" in {operation.path_in_repo for operation in operations}
+    assert len(uploads) == 2
+
+
 # -- the card --------------------------------------------------------------------------------------
 
 
@@ -240,25 +284,53 @@ def test_a_second_time_changes_nothing(folder):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "head", ["", "---\nlicense: mit\nlanguage: zh\npipeline_tag: summarization\ntags:\n- fox\n---\n"]
-)
-def test_the_card_of_a_person_is_completed(head, folder):
-    text = "# My fox\n\n  Trained with care. \n---\n"
-    (folder / "README.md").write_text(head + text)
+HEADS = {
+    "none": "",
+    "a comment and a word that YAML reads otherwise": "---\n# ours\nlicense: mit  # yes\nlanguage: [no]\n---\n",
+    "results": "---\nmodel-index:\n- name: fox\n  results: [{metrics: [{type: acc, value: 3.40, seed: 1}]}]\n---\n",
+    "fields of its own": "---\npipeline_tag: summarization\ntags:\n- fox\nlibrary_name:\n---\n",
+    "an odd field": "---\n3: x\nignore_metadata_errors: 1\n---\n",
+    "a block of text at the end": "---\ndescription: |-\n  a\n  b\n---\n",
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_card_of_a_person_is_completed(head, end, folder):
+    """By lines; not a byte of it changes, and what it has is not added."""
+    card = f"{head}# My fox\n\n  Trained with care: \U0001f98a. \n---\n".replace("\n", end).encode()
+    (folder / "README.md").write_bytes(card)
     share(folder)
-    card = ModelCard.load(folder / "README.md")
-    assert card.text.lstrip("\n") == text
-    assert card.data.library_name == "transformers" and "rwkv" in card.data.tags
-    if head:
-        assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", "zh", "summarization")
-        assert card.data.tags == ["fox", "rwkv"]
+    completed = (folder / "README.md").read_bytes()
+    cut = len(head[: -len("---\n")].rstrip().replace("\n", end).encode())
+    assert completed.startswith(card[:cut]) and completed.endswith(card[cut:])
+    before, after = (
+        yaml.safe_load(found[2]) if (found := REGEX_YAML_BLOCK.search(text.decode())) else {}
+        for text in (card, completed)
+    )
+    assert after == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rwkv"]} | before
 
 
-def test_a_card_that_cannot_be_read(folder):
-    (folder / "README.md").write_text("---\n[\n---\ntext")
-    refused(rwkv("share", folder), folder / "README.md", "not YAML")
-    assert (folder / "README.md").read_text() == "---\n[\n---\ntext"
+@pytest.mark.parametrize(
+    "card",
+    [b"---\n[\n---\ntext", b"---\n- a\n---\ntext", b"---\n{license: mit}\n---\ntext", "# Füchse".encode("latin-1")],
+)
+def test_a_card_that_cannot_be_read(card, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    (folder / "README.md").write_bytes(card)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    refused(rwkv("share", folder), folder / "README.md", "not UTF-8", "not YAML", "mend it")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("stop_strings", ["\n\n", ["\n\n", "User:"]])
+def test_a_card_names_each_stop_string(stop_strings, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_strings": stop_strings}))
+    share(folder)
+    expected = "`'\\n\\n'`" if isinstance(stop_strings, str) else "`'\\n\\n'` and `'User:'`"
+    assert f"Generation stops at {expected}." in (folder / "README.md").read_text()
 
 
 def test_a_template_of_others(saved, tmp_path):
