@@ -25,9 +25,13 @@ class ChatTemplate:
 
 
 _PARTS = {
-    "CHECK_ROLE": r"""
+    "CHECK_MESSAGE": r"""
     {%- if message.role not in ["system", "user", "assistant"] -%}
-        {{- raise_exception("the role is " ~ (message.role | tojson) ~ ": write system, user or assistant") -}}
+        {%- set role = message.role | string | tojson -%}
+        {{- raise_exception("the role is " ~ role ~ ": write system, user or assistant") -}}
+    {%- endif -%}
+    {%- if message.content is not string -%}
+        {{- raise_exception("the content is " ~ (message.content | pprint)[:60] ~ ": write text") -}}
     {%- endif -%}""",
     "ONE_PARAGRAPH": r"""(message.content.replace("\r\n", "\n").strip().split("\n") | select | join("\n"))""",
     "PREAMBLE": json.dumps(
@@ -36,7 +40,7 @@ _PARTS = {
 }
 _TURNS = r"""{%- set names = NAMES -%}
 {%- for message in messages -%}
-    CHECK_ROLE
+    CHECK_MESSAGE
     {%- if message.role == "assistant" -%}
         {{- names.assistant -}}
         {%- generation -%}
@@ -54,7 +58,7 @@ _INSTRUCT = r"""{%- if not messages or messages[0].role != "system" -%}
     {{- PREAMBLE -}}
 {%- endif -%}
 {%- for message in messages -%}
-    CHECK_ROLE
+    CHECK_MESSAGE
     {%- if message.role == "assistant" -%}
         {{- "# Response:\n" -}}
         {%- generation -%}

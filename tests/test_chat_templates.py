@@ -129,6 +129,12 @@ def test_other_roles_are_refused(render, role):
         render([{"role": role, "content": "x"}])
 
 
+@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "x"}]])
+def test_contents_that_are_no_text_are_refused(render, content):
+    with pytest.raises(Exception, match=r"the content is .*: write text"):
+        render([{"role": "user", "content": content}])
+
+
 # -- beside the weights ----------------------------------------------------------------------------
 
 # What follows what in the model below: it answers "ab", and then does not stop by itself.
