@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
+KEPT = 8  # sets of stop strings
+
 
 class RwkvGenerationMixin(GenerationMixin):
     """`generate`, which looks up the tokenizer that transformers needs to find stop strings.
@@ -21,21 +23,25 @@ class RwkvGenerationMixin(GenerationMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> StoppingCriteriaList:
-        stop_strings = generation_config.stop_strings
-        if stop_strings is None or tokenizer is not None:
+        if tokenizer is not None:
             return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
         rest = copy.copy(generation_config)
         rest.stop_strings = None
         found = super()._get_stopping_criteria(rest, stopping_criteria, **kwargs)
-        found.append(self._stop_at(stop_strings))
+        if generation_config.stop_strings:
+            found.append(self._stop_at(generation_config.stop_strings))
         return found
 
     def _stop_at(self, stop_strings: str | list[str]) -> StopStringCriteria:
-        """Kept, since it goes through the whole vocabulary: a third of a second for that of the World models."""
+        """The last few are kept: each goes through the whole vocabulary, a third of a second for World models."""
         key = stop_strings if isinstance(stop_strings, str) else tuple(stop_strings)
-        if key not in self._stops:
-            self._stops[key] = StopStringCriteria(self._own_tokenizer, stop_strings)
-        return self._stops[key]
+        found = self._stops.get(key)
+        if found is None:
+            found = StopStringCriteria(self._own_tokenizer, stop_strings)
+            if len(self._stops) >= KEPT:
+                del self._stops[next(iter(self._stops))]
+            self._stops[key] = found
+        return found
 
     @cached_property
     def _stops(self) -> dict[str | tuple[str, ...], StopStringCriteria]:
@@ -52,9 +58,12 @@ class RwkvGenerationMixin(GenerationMixin):
         try:
             if not name:
                 raise ValueError("this model was not loaded from anywhere")
-            return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+                raise ValueError("transformers made up a tokenizer without a vocabulary")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"generation shall end at stop strings, but there is no tokenizer at {name!r} to find them with: "
                 "give tokenizer=, or stop_strings=None to go past them"
             ) from error
+        return tokenizer

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import string
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 from modeling_rwkv import RwkvTokenizer
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 from modeling_rwkv.checkpoints import convert
+from modeling_rwkv.stopping import KEPT
 from modeling_rwkv.tokenization_rwkv import read_vocab
 
 CONTENTS = ["a", " two  words\n", "line\nline", "blank\n\n\nline\r\n\r\nend", "", "\n \n", "User: x\n\nAssistant: y"]
@@ -198,6 +200,7 @@ def test_plain_generate_stops(folder, options):
 
     assert answer() == answer(tokenizer=tokenizer) == ANSWERS[folder.name]
     assert answer(stop_strings=["b"]) == ANSWERS[folder.name].partition("b")[0] + "b"
+    assert answer(stop_strings=None) == answer(stop_strings=[])
     assert answer(stop_strings=None).startswith(ANSWERS[folder.name] + ON[folder.name])
 
 
@@ -213,10 +216,12 @@ def test_a_pipeline_of_conversations_stops(folder, batch_size):
     assert again == chat.tokenizer.apply_chat_template(said("q", "ab", first="user"), tokenize=False)
 
 
-@pytest.mark.parametrize("where", ["", "an empty folder"])
+@pytest.mark.parametrize("where", ["nowhere", "an empty folder", "a folder with the model alone"])
 def test_a_model_without_its_tokenizer_says_so(where, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.config.name_or_path = where and str(tmp_path)
+    if where == "a folder with the model alone":
+        model.save_pretrained(tmp_path)
+    model.config.name_or_path = "" if where == "nowhere" else str(tmp_path)
     with pytest.raises(ValueError, match=r"stop strings.* tokenizer=.* stop_strings=None"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, stop_strings=None).shape == (1, 4)
@@ -249,6 +254,13 @@ def test_a_folder_of_a_tokenizer_keeps_its_template(options, template, old_style
     assert result.exit_code == 0, result.stderr
     found = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert found == (CHAT_TEMPLATES[template].text if template in CHAT_TEMPLATES else template)
+
+
+def test_stop_strings_are_not_kept_without_end(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for letter in string.ascii_letters:
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, stop_strings=letter)
+    assert len(model._stops) == KEPT
 
 
 def test_a_template_that_cannot_be_written(pth, vocab, folder, tmp_path):
