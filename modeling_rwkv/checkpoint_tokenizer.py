@@ -16,7 +16,46 @@ from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 CHAT_FILE = "chat_template.jinja"
 
 
-def find_chat_template(
+def find_stop_strings(
+    tokenizer: str | PathLike[str] | None, vocab: str | PathLike[str] | None, chat: str | None
+) -> list[str] | str | None:
+    """Where generation ends: before what belongs to the chat template that `tokenizer_files` writes."""
+    if template := _find_chat_template(chat, tokenizer, vocab):
+        return list(template.stop_strings)
+    path = Path(tokenizer or "") / "generation_config.json"
+    if tokenizer is None or chat is not None or not path.exists() or not path.with_name(CHAT_FILE).exists():
+        return None
+    return load_json(path).get("stop_strings")
+
+
+def tokenizer_files(
+    tokenizer: str | PathLike[str] | None,
+    vocab: str | PathLike[str] | None,
+    chat: str | None,
+    config: RwkvConfig,
+) -> dict[str, bytes]:
+    """The files to put beside the weights, by name, so that AutoTokenizer loads a fast tokenizer; none if neither.
+
+    Args:
+        tokenizer: a `tokenizer.json`, or a folder with one.
+        vocab: a World model's vocabulary file, or "world" for that of the installed `rwkv` package.
+        chat: name of a chat template, or "none"; None is World's for a `vocab`, and keeps that of a folder.
+
+    Raises:
+        CheckpointError: both tokenizers are given, or one that is missing, unreadable or larger than the model's
+            embedding; a chat template that there is not.
+    """
+    template = _find_chat_template(chat, tokenizer, vocab)
+    if tokenizer is not None and vocab is not None:
+        raise CheckpointError(f"both a tokenizer ({tokenizer}) and a vocabulary ({vocab}) are given; leave one out")
+    if vocab is not None:
+        files = _world_files(None if vocab == "world" else Path(vocab), config)
+    else:
+        files = {} if tokenizer is None else _json_files(Path(tokenizer), config, keep_chat=chat is None)
+    return files if template is None else files | {CHAT_FILE: template.text.encode()}
+
+
+def _find_chat_template(
     name: str | None, tokenizer: str | PathLike[str] | None, vocab: str | PathLike[str] | None
 ) -> ChatTemplate | None:
     """The chat template that is asked for: a name in CHAT_TEMPLATES, "none", or (None) World's for a `vocab`.
@@ -31,33 +70,6 @@ def find_chat_template(
     if name is None and vocab is not None:
         name = "world"
     return None if name is None else CHAT_TEMPLATES.get(name)
-
-
-def tokenizer_files(
-    tokenizer: str | PathLike[str] | None,
-    vocab: str | PathLike[str] | None,
-    chat: str | None,
-    config: RwkvConfig,
-) -> dict[str, bytes]:
-    """The files to put beside the weights, by name, so that AutoTokenizer loads a fast tokenizer; none if neither.
-
-    Args:
-        tokenizer: a `tokenizer.json`, or a folder with one.
-        vocab: a World model's vocabulary file, or "world" for that of the installed `rwkv` package.
-        chat: name of a chat template, see `find_chat_template`; None keeps that of a folder.
-
-    Raises:
-        CheckpointError: both tokenizers are given, or one that is missing, unreadable or larger than the model's
-            embedding; a chat template that there is not.
-    """
-    template = find_chat_template(chat, tokenizer, vocab)
-    if tokenizer is not None and vocab is not None:
-        raise CheckpointError(f"both a tokenizer ({tokenizer}) and a vocabulary ({vocab}) are given; leave one out")
-    if vocab is not None:
-        files = _world_files(None if vocab == "world" else Path(vocab), config)
-    else:
-        files = {} if tokenizer is None else _json_files(Path(tokenizer), config, keep_chat=chat is None)
-    return files if template is None else files | {CHAT_FILE: template.text.encode()}
 
 
 def _json_files(path: Path, config: RwkvConfig, keep_chat: bool) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ from modeling_rwkv.checkpoint_files import (
     verify,
 )
 from modeling_rwkv.checkpoint_names import check_is_rwkv4_weights, match_tensors
-from modeling_rwkv.checkpoint_tokenizer import find_chat_template, tokenizer_files
+from modeling_rwkv.checkpoint_tokenizer import find_stop_strings, tokenizer_files
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 
 __all__ = ["CheckpointError", "ConversionReport", "convert", "folder_to_pth", "pth_to_folder"]
@@ -108,7 +108,7 @@ def pth_to_folder(
         tokenizer: a `tokenizer.json`, or a folder with one, to put beside the weights.
         vocab: instead, the vocabulary file of a World model; "world" is the one inside the installed `rwkv` package.
         chat: the chat template to put there: "world", "raven", "instruct" or "none"; generation then stops where it
-            says. None means World's with `vocab`, and what a folder of `tokenizer` has.
+            says. None means World's with `vocab`, and what a folder of `tokenizer` has, stop strings included.
         context_length: for the configuration, since a `.pth` file does not hold it.
         dtype: name of the type to cast every tensor to; None keeps each tensor as it is.
         max_shard_size: bytes, or a text such as "5GB".
@@ -133,8 +133,7 @@ def pth_to_folder(
     config = RwkvConfig(**settings, architectures=["RwkvForCausalLM"], dtype=next(iter(nbytes)))
     extra = tokenizer_files(tokenizer, vocab, chat, config)
     generation = GenerationConfig.from_model_config(config)
-    if template := find_chat_template(chat, tokenizer, vocab):
-        generation.stop_strings = list(template.stop_strings)
+    generation.stop_strings = find_stop_strings(tokenizer, vocab, chat)
 
     needed = sum(nbytes.values())
     with staged(destination, needed) as folder, _bar(source, 2 * needed, progress) as bar:

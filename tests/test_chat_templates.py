@@ -256,6 +256,14 @@ def test_a_folder_of_a_tokenizer_keeps_its_template(options, template, old_style
     assert found == (CHAT_TEMPLATES[template].text if template in CHAT_TEMPLATES else template)
 
 
+@pytest.mark.parametrize("options", [[], ["--chat", "none"]])
+def test_a_folder_of_a_tokenizer_keeps_its_stop_strings(options, folder, pth, tmp_path):
+    """They belong to the template that is kept."""
+    assert rwkv("convert", pth, tmp_path / "out", "--tokenizer", folder, *options).exit_code == 0
+    stop_strings = GenerationConfig.from_pretrained(tmp_path / "out").stop_strings
+    assert stop_strings == (None if options else list(CHAT_TEMPLATES[folder.name].stop_strings))
+
+
 def test_stop_strings_are_not_kept_without_end(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     for letter in string.ascii_letters:
