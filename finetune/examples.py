@@ -135,7 +135,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
             continue
         try:
             before, after = render(messages[:turn], add_generation_prompt=True), render(messages[: turn + 1])
-        except TemplateError as error:
+        except (ArithmeticError, TemplateError, TypeError, ValueError) as error:
             raise Refusal(f"the chat template refuses the messages: {error}") from error
         if not before.startswith(done) or not after.startswith(before):
             raise Refusal(
@@ -195,6 +195,8 @@ class Encoder:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """A text that spells a special token gets the tokens of its letters; a chat template means it."""
+        if not texts:  # of a batch of greetings, to which no question was put; tokenizers want a text at least
+            return []
         options = {"add_special_tokens": False, "return_attention_mask": False}
         return self.tokenizer(texts, split_special_tokens=not self._templates, **options)["input_ids"]
 

@@ -304,6 +304,11 @@ REFUSED = {
     "no messages": ("train.jsonl", '{"messages": ["a"]}\n', ["row 1", "role and content", '"a"']),
     "no content": ("train.jsonl", '{"messages": [{"role": "user"}]}\n', ["row 1", "role and content"]),
     "no answer": ("train.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', ["row 1", "assistant"]),
+    "a greeting alone": (
+        "train.jsonl",
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+        ["nothing to learn"],
+    ),
     "role": (
         "train.jsonl",
         '{"messages": [{"role": "bot", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
@@ -321,6 +326,14 @@ def test_bad_data_is_refused_where_it_stands(case, stream, tokenizer, tmp_path):
         load(str(tmp_path / name), tokenizer, streaming=stream)
     for word in said:
         assert word in str(refusal.value), refusal.value
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages.x.y }}", {"other": "x"}])
+def test_a_template_that_fails_is_refused_where_it_does(template, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(Refusal, match=r"row 1.*the chat template refuses the messages"):
+        load(write(tmp_path, [{"messages": CHAT}]), tokenizer)
 
 
 @pytest.mark.parametrize("stream", [False, True])
