@@ -289,7 +289,7 @@ class RwkvModel(RwkvPreTrainedModel):
         return cache
 
 
-class RwkvForCausalLM(RwkvPreTrainedModel, RwkvGenerationMixin):
+class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
     """RWKV with a language modelling head."""
 
     _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}

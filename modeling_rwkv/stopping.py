@@ -1,6 +1,7 @@
 """Generation that stops at the stop strings of a model's folder without being told of its tokenizer."""
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PreTr
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 KEPT = 8  # sets of stop strings
+PLACE = ("revision", "subfolder", "cache_dir")
 
 
 class RwkvGenerationMixin(GenerationMixin):
@@ -15,6 +17,15 @@ class RwkvGenerationMixin(GenerationMixin):
 
     They are those of `generation_config.json`, where a chat template has its own; `stop_strings=None` goes past them.
     """
+
+    _place: Mapping[str, Any] = {}  # of the files at `name_or_path`, as `from_pretrained` was told
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        model._place = {name: kwargs[name] for name in PLACE if kwargs.get(name) is not None}
+        return found
 
     def _get_stopping_criteria(
         self,
@@ -54,11 +65,11 @@ class RwkvGenerationMixin(GenerationMixin):
         Raises:
             ValueError: there is none.
         """
-        name, revision = self.config.name_or_path, getattr(self.config, "_commit_hash", None)
+        name = self.config.name_or_path
         try:
             if not name:
                 raise ValueError("this model was not loaded from anywhere")
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+            tokenizer = AutoTokenizer.from_pretrained(name, **self._place)
             if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
                 raise ValueError("transformers made up a tokenizer without a vocabulary")
         except (OSError, ValueError) as error:

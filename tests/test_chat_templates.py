@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import string
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from modeling_rwkv import RwkvTokenizer
+from modeling_rwkv import RwkvForCausalLM, RwkvTokenizer
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 from modeling_rwkv.checkpoints import convert
 from modeling_rwkv.stopping import KEPT
@@ -214,6 +215,29 @@ def test_a_pipeline_of_conversations_stops(folder, batch_size):
     assert [answer["content"] for answer in answers] == [whole, whole, "a" + whole.partition("a")[2]]
     again = chat.tokenizer.apply_chat_template([*chats[0], answers[0]], tokenize=False)
     assert again == chat.tokenizer.apply_chat_template(said("q", "ab", first="user"), tokenize=False)
+
+
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"revision": "old"}, {"revision": "0" * 40}], ids=str)
+def test_the_tokenizer_is_that_of_the_same_place(options, folder, tmp_path):
+    """A folder in a repository, or a revision of it, as the Hub's cache has them; the newest has no tokenizer."""
+    source, refs = tmp_path / "models--me--fox", {"main": "1" * 40, "old": "0" * 40}
+    for name, commit in refs.items():
+        (source / "refs").mkdir(parents=True, exist_ok=True)
+        (source / "refs" / name).write_text(commit)
+        revision = source / "snapshots" / commit
+        shutil.copytree(folder, revision / "inner")
+        shutil.copytree(folder, revision, dirs_exist_ok=True, ignore=None if name == "old" else no_tokenizer)
+    for load in (AutoModelForCausalLM, RwkvForCausalLM):
+        model = load.from_pretrained("me/fox", cache_dir=tmp_path, **options)
+        written = model.generate(torch.tensor([[1, 2]]), max_new_tokens=9)
+        again = model.generate(
+            torch.tensor([[1, 2]]), max_new_tokens=9, tokenizer=AutoTokenizer.from_pretrained(folder)
+        )
+        assert torch.equal(written, again)
+
+
+def no_tokenizer(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if "token" in name]
 
 
 @pytest.mark.parametrize("where", ["nowhere", "an empty folder", "a folder with the model alone"])
