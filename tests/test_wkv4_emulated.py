@@ -63,6 +63,19 @@ def test_one_exponent_for_all_tokens_or_one_each(kind, processors, folder):
         assert distance(results[name], exact) <= 2 * distance(sequential, exact) + 2e-5, name
 
 
+@pytest.mark.parametrize(("keys", "fall"), [(10.0, 20.0), (25.0, 50.0), (5.0, 80.0)])
+@pytest.mark.parametrize("bonus", [(-20.0, -18.0), (-75.0, -55.0)])
+def test_keys_that_fall_below_a_past_that_fades(keys, fall, bonus, folder):
+    """What is left of the past and what comes are both far below the largest exponent: 0 / 0, if nothing looked."""
+    x = make(200, channels=37, keys=keys, bonus=bonus)
+    x["key"] -= fall * (torch.arange(200) // 16 % 2)[:, None]
+    with emulated(folder, 1):
+        output, end, grads = differentiate(x, runner("cuda"))
+    results = {"output": output, "end": readout(end)} | grads
+    for name, exact, sequential in zip(results, *map(reference, (in_double(x), x)), strict=True):
+        assert distance(results[name], exact) <= 2 * distance(sequential, exact) + 2e-5, name
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @processors
 @widths
