@@ -199,7 +199,7 @@ template <bool FULL, class Plan> struct Share {
     // Let the piece that is `pieces` after this one, or before, be near when its turn comes.
     WKV_INLINE void prefetch(int pieces) const {
         const int thread = threadIdx.x, j = thread / TOKENS, t = strand.from + pieces * TOKENS + thread % TOKENS;
-        if (j < Plan::TENSORS && t >= 0 && t < strand.time) wkv4::prefetch(strand.at(tensor(j), t) - strand.lane * CHANNELS);
+        if (j < Plan::TENSORS && t >= 0 && t < strand.time) wkv4::prefetch(strand.at(tensor(j), t));
     }
     WKV_INLINE void forget() {
 #pragma unroll
