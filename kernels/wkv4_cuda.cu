@@ -282,8 +282,8 @@ template <bool FULL, class Plan> struct Share {
 
 // What is before a piece, in the order of a pass, where its place is `rank`. Pieces make groups, of one for each warp: the
 // last one of a group tells what is after it, the others only what they add up to. `first` is what is before the first
-// group, `sum` what this piece adds up to, known to warp `teller`, and join(before, n, run) what is after a run of n
-// pieces. Each warp listens to one other piece.
+// group, `sum` what this piece adds up to, known to warp `teller`, and join(before, piece) what is after a piece. Each warp
+// listens to one other piece.
 template <class Plan, class Join>
 WKV_INLINE Item look_back(const Strand& strand, int rank, const Item& first, const Item& sum, int teller,
                           Exchange<Plan::WARPS>& exchange, const Join& join) {
@@ -302,9 +302,9 @@ WKV_INLINE Item look_back(const Strand& strand, int rank, const Item& first, con
     Item before = runs[LAST][strand.lane];
 #pragma unroll
     for (int i = 0; i < LAST; ++i) {
-        if (i < others) before = join(before, 1, runs[i][strand.lane]);
+        if (i < others) before = join(before, runs[i][strand.lane]);
     }
-    if (tells && others == LAST) strand.tell(rank, join(before, 1, sum));
+    if (tells && others == LAST) strand.tell(rank, join(before, sum));
     return before;
 }
 
@@ -335,9 +335,7 @@ WKV_INLINE void forward_tile(Tile& tile, State<Real>& carry, Exchange<Plan::WARP
         constexpr int LAST = Plan::WARPS - 1;
         State<Real> sum;
         if (strand.warp == LAST) sum = tile.after_warp(before, LAST, runs);
-        const auto after = [&](const Item& past, int n, const Item& run) {
-            return join(past, strand.w * float(n * Plan::TOKENS), run);
-        };
+        const auto after = [&](const Item& past, const Item& run) { return join(past, strand.w * float(Plan::TOKENS), run); };
         carry = look_back<Plan>(strand, strand.piece, carry, sum, LAST, exchange, after);
         tile.forget();
         s = join(carry, strand.w * float(tile.first), before);
@@ -453,8 +451,7 @@ WKV_INLINE void backward_tile(Tile& tile, Item& carry, Exchange<Plan::WARPS>& ex
         }
         Item sum;
         if (strand.warp == 0) sum = link(after, runs[0][strand.lane]);
-        const auto past = [](const Item& later, int, const Item& earlier) { return link(later, earlier); };
-        carry = look_back<Plan>(strand, strand.rank(), carry, sum, 0, exchange, past);
+        carry = look_back<Plan>(strand, strand.rank(), carry, sum, 0, exchange, link);
         tile.forget();
         after = link(carry, after);
         adjoint = {after.a, after.b};
