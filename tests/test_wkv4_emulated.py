@@ -132,6 +132,15 @@ def test_the_same_bits_twice(processors, folder):
 
 
 @processors
+def test_the_state_of_a_sequence_of_no_tokens_comes_back_as_it_was(processors, folder):
+    x = make(0, lengths=(0, 0, 100, 0), channels=37)  # the first of them is all zeros
+    with emulated(folder, processors):
+        _, state = wkv4.wkv4(**x, backend="cuda")
+    empty = x["cu_seqlens"].diff() == 0
+    agree(state[empty], x["state"][empty], exact=True)
+
+
+@processors
 def test_a_run_may_be_split_anywhere(processors, folder):
     x = make(130, channels=37)
     with emulated(folder, processors):
