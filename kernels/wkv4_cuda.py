@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in cuda_n
 LANES = 32  # threads of a warp, side by side along channels
 NOTHING = -1  # as an integer, where nobody has told anything yet
 
-# How a pass goes through a sequence, whole or cut (`Plan` in wkv4_cuda.cu): the fastest of some sixty choices on an
+# How a pass goes through a sequence, whole or cut (`Plan` in cuda_tiles.h): the fastest of some sixty choices on an
 # H200. A tile of a block of threads is WARPS * STEPS tokens; BLOCKS of them share a multiprocessor.
 PLANS = {
     "forward": {"WARPS": 4, "STEPS": 16, "BLOCKS": 3},

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 
 class Sequences(ctypes.Structure):
-    """``Sequences`` of wkv4_cpu.cpp and wkv4_cuda.cu: a tensor (B, T, C) with its channels side by side."""
+    """``Sequences`` of wkv4_cpu.cpp and cuda_tiles.h: a tensor (B, T, C) with its channels side by side."""
 
     _fields_ = [("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("time_stride", ctypes.c_int64)]
 
@@ -17,7 +17,7 @@ Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class Arguments(ctypes.Structure):
-    """``Arguments`` of wkv4_cpu.cpp and wkv4_cuda.cu: numbers and pointers, filled in with numbers and tensors.
+    """``Arguments`` of wkv4_cpu.cpp and cuda_tiles.h: numbers and pointers, filled in with numbers and tensors.
 
     It keeps the tensors that it points to. What is left out, None or empty is a null pointer.
     """
