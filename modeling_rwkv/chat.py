@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from modeling_rwkv.cache import RwkvCache, saved_notes
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
-from modeling_rwkv.generation import TextPieces, encode
+from modeling_rwkv.generation import encode
+from modeling_rwkv.streaming import TextPieces
 
 VERSION = 1  # of what `Conversation.save` writes beside the state
 _NOTE = "conversation"
@@ -150,10 +151,12 @@ class Conversation:
         The file is one of :meth:`RwkvCache.save`, and loads as such.
 
         Raises:
-            ValueError: nothing has been said yet.
+            ValueError: nothing has been said yet, or something else is in the file.
         """
         if not self.place.state.layers:
             raise ValueError("nothing has been said yet, so there is nothing to save: say something first")
+        if os.path.isfile(path) and _NOTE not in _notes_or_none(path):
+            raise ValueError(f"{path} is there, and is no saved conversation: choose another name")
         talk = {"version": VERSION, "messages": self.messages, "text": self.place.text}
         self.place.state.save(path, self.model, {_NOTE: json.dumps(talk, ensure_ascii=False)})
 
@@ -287,6 +290,13 @@ def _after(text: str, longer: str) -> str:
             "read it cannot: choose another one (template=, rwkv chat --template)"
         )
     return longer[len(text) :]
+
+
+def _notes_or_none(path: str | os.PathLike) -> dict[str, str]:
+    try:
+        return saved_notes(path)
+    except ValueError:
+        return {}
 
 
 def _read_talk(path: str | os.PathLike) -> tuple[list[Message], str]:

@@ -23,11 +23,11 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from modeling_rwkv import demo_model_path
 from modeling_rwkv.remarks import no_remarks
+from modeling_rwkv.streaming import TextPieces
 from rwkv_kernels.build_cache import KernelWarning
 
 SMALL_MODEL = 30_000_000  # parameters; see few_threads
@@ -84,50 +84,6 @@ class Generated:
     def to_dict(self) -> dict[str, Any]:
         speed = {"seconds": round(self.seconds, 4), "tokens_per_second": round(self.tokens_per_second, 2)}
         return asdict(self) | {"text": self.prompt + self.continuation} | speed
-
-
-class TextPieces(BaseStreamer):
-    """Gives ``write`` the text of every token as it comes, and never half a character.
-
-    What is put first is the prompt, whose text is not written, but for a character that it leaves unfinished.
-    Together the pieces are what decoding all tokens at once gives. Only the tokens since the last piece but one are
-    decoded: tokenizers may treat the beginning of a text in a special way, so no piece is decoded alone.
-    """
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._ids: list[int] = []
-        self._begin = self._written = 0
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the text of every token is written."""
-        return self._written == len(self._ids)
-
-    def put(self, value: Tensor) -> None:
-        is_prompt = not self._ids
-        self._ids += value.flatten().tolist()
-        if is_prompt:
-            self._written = len(self._ids)
-        else:
-            self._write_on(is_end=False)
-
-    def end(self) -> None:
-        self._write_on(is_end=True)
-
-    def _write_on(self, is_end: bool) -> None:
-        before = _decode(self._tokenizer, self._ids[self._begin : self._written])
-        text = _decode(self._tokenizer, self._ids[self._begin :])
-        # A character of several tokens is U+FFFD until its last byte is there, at the end of ``before``, too.
-        if text != before and (is_end or not text.endswith("\ufffd")):
-            self._begin, self._written = self._written, len(self._ids)
-            while not text.startswith(before):
-                before = before[:-1]
-            self._write(text[len(before) :])
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def find_device(name: str) -> torch.device:

@@ -32,6 +32,19 @@ def test_a_saved_talk_goes_on(vocab, tmp_path):
     assert json.loads(saved_notes(path)["conversation"])["messages"][1]["content"] == "the 狐狸?"
 
 
+@pytest.mark.parametrize("kind", ["a text", "a state"])
+def test_only_a_talk_is_overwritten(vocab, tmp_path, kind):
+    talk, path = Talk(vocab), tmp_path / "talk"
+    talk.say("the fox?", [" a\n\n"])
+    talk.conversation.save(path)
+    talk.conversation.save(path)
+    path.write_bytes(b"weights") if kind == "a text" else rewritten(path, None)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="choose another name"):
+        talk.conversation.save(path)
+    assert path.read_bytes() == before
+
+
 def rewritten(path, note):
     RwkvCache.load(path).save(path, notes={} if note is None else {"conversation": note})
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import modeling_rwkv
 from modeling_rwkv import cli, generation
+from modeling_rwkv.streaming import TextPieces
 from rwkv_kernels.build_cache import KernelWarning
 
 
@@ -151,7 +152,7 @@ def test_pieces_are_whole_characters_and_add_up(folder, seed):
     noise = torch.randint(1, VOCAB_SIZE, (30,), generator=generator).tolist()
     for tokens, whole in [(ids, True), (noise, False), (noise + ids, False), (ids + noise, False)]:
         pieces = []
-        streamer = generation.TextPieces(tokenizer, pieces.append)
+        streamer = TextPieces(tokenizer, pieces.append)
         streamer.put(torch.tensor([tokens[:1]]))
         for token in tokens[1:]:
             streamer.put(torch.tensor([token]))
@@ -167,7 +168,7 @@ def test_a_character_that_the_prompt_leaves_unfinished_is_shown_when_it_is_whole
     text = "\ufffdaé從🙂b"
     ids = tokenizer(text)["input_ids"]
     pieces = []
-    streamer = generation.TextPieces(tokenizer, pieces.append)
+    streamer = TextPieces(tokenizer, pieces.append)
     streamer.put(torch.tensor([ids[:cut]]))
     for token in ids[cut:]:
         streamer.put(torch.tensor([token]))
@@ -182,7 +183,7 @@ def test_pieces_keep_the_spaces_between_them():
     tokenizer = Tokenizer(BPE(vocab=words, merges=[]))
     tokenizer.decoder = decoders.Metaspace()
     pieces = []
-    streamer = generation.TextPieces(PreTrainedTokenizerFast(tokenizer_object=tokenizer), pieces.append)
+    streamer = TextPieces(PreTrainedTokenizerFast(tokenizer_object=tokenizer), pieces.append)
     streamer.put(torch.tensor([[0]]))
     for token in (1, 2, 3, 3):
         streamer.put(torch.tensor([token]))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPTNeoXTokenizer
 
 from modeling_rwkv import RwkvConfig, RwkvTokenizer
-from modeling_rwkv.generation import TextPieces
+from modeling_rwkv.streaming import TextPieces
 from modeling_rwkv.tokenization_rwkv import END_OF_TEXT, installed_vocab, read_vocab
 
 SPACES = [chr(c) for c in range(0x3001) if chr(c).isspace()]
