@@ -10,13 +10,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_vectors.h"
-
-#define WKV_INLINE ALWAYS_INLINE
+#include "wkv4_vectors.h"
 
 namespace wkv4 {
-
-using namespace cpu;
 
 constexpr int TILE = 64;        // tokens between two states that the forward pass keeps for the backward pass
 constexpr int GROUP = 4;        // vectors of channels that one thread takes at a time
@@ -24,23 +20,6 @@ constexpr int TURN = 8;         // tokens that each of them then takes in turn
 constexpr int SEGMENT = 1024;   // tokens of a segment, a multiple of TILE
 constexpr int AHEAD = 8;        // tokens to fetch ahead of use
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth waking a thread for
-
-constexpr float EMPTY_EXPONENT = -1e38f;
-
-// -- what wkv4_step.h works on ---------------------------------------------------------------------------------------
-
-WKV_INLINE Floats exp_(Floats x) { return exponential<float>(x); }
-WKV_INLINE Doubles exp_(Doubles x) { return exponential<double>(x); }
-template <class Condition, class X> WKV_INLINE X select_(Condition condition, X x, X y) { return condition ? x : y; }
-template <class X> WKV_INLINE X max_(X x, X y) { return (x > y) | (x != x) ? x : y; }
-template <class X> WKV_INLINE X abs_(X x) { return x > 0 ? x : -x; }
-template <class X> WKV_INLINE X reciprocal_(X x) { return 1 / x; }
-
-}  // namespace wkv4
-
-#include "wkv4_step.h"
-
-namespace wkv4 {
 
 // -- the problem ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.chunks import loss_by_chunks
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+from modeling_rwkv.decoding import next_token
 from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
 from modeling_rwkv.initialization import init_channel_mix, init_linear, init_time_mix, linear
 from modeling_rwkv.loss import chunked_loss
@@ -290,8 +291,12 @@ class RwkvModel(RwkvPreTrainedModel):
 
 
 class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
-    """RWKV with a language modelling head."""
+    """RWKV with a language modelling head.
 
+    native_decoding: compute the next token natively where that can be, see decoding.py; False: module by module.
+    """
+
+    native_decoding = True
     _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}
 
     def __init__(self, config: RwkvConfig) -> None:
@@ -357,6 +362,11 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
             "use_cache": use_cache,
             "output_hidden_states": output_hidden_states,
         }
+        others = inputs_embeds, labels, chunk_length, skip_logits or None, kwargs.get("state")
+        if all(x is None for x in others):
+            outputs = next_token(self, input_ids, attention_mask, logits_to_keep, **options)
+            if outputs is not None:
+                return outputs
         kwargs["vocab_size"] = self.config.vocab_size
         if labels is not None:
             tokens = _given(input_ids, inputs_embeds)

@@ -1,0 +1,178 @@
+"""Where a model's next token is computed at once, by `rwkv_kernels.decode_cpu`, instead of module by module.
+
+`RwkvForCausalLM.forward` asks :func:`next_token` first. It has an answer where nobody could tell the difference but by
+the clock: one new token a row, on a CPU, without autograd, in a model of ordinary modules that nobody watches.
+"""
+
+import operator
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from modeling_rwkv.cache import LayerState, RwkvCache
+from rwkv_kernels import decode_cpu
+from rwkv_kernels.loader import Unavailable
+from rwkv_kernels.wkv4_native import are_at_hand
+
+
+def next_token(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    logits_to_keep: int | Tensor,
+    past_key_values: RwkvCache | None,
+    use_cache: bool | None,
+    output_hidden_states: bool | None,
+) -> CausalLMOutputWithPast | None:
+    """Logits (B, 1, V) after one more token, and the cache; or None, where the modules have to run.
+
+    The arguments are those of ``RwkvForCausalLM.forward``; those that are missing must not be given, or, like
+    ``position_ids``, mean nothing for one token.
+    """
+    if not model.native_decoding or torch.is_grad_enabled() or not are_at_hand(input_ids, attention_mask):
+        return None
+    if not isinstance(input_ids, Tensor) or not input_ids.is_cpu or input_ids.ndim != 2 or input_ids.shape[1] != 1:
+        return None
+    rows, past = len(input_ids), past_key_values
+    if type(past) is not RwkvCache or past.batch_size != rows or rows > decode_cpu.MOST_ROWS:
+        return None
+    use_cache = (model.config.use_cache and not model.training) if use_cache is None else use_cache
+    if not use_cache or (model.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
+        return None
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0 or torch.is_autocast_enabled("cpu"):
+        return None
+    plan = _plan_of(model) if _reads_all(attention_mask, rows) else None
+    if plan is None or plan.decoder is None or plan.is_hooked():
+        return None
+    result = plan.decoder.step(model.rwkv.embeddings(input_ids)[:, 0], past.layers)
+    if result is None:
+        return None
+    logits, states = result
+    cache = past.advance([LayerState(*state) for state in states], 1, input_ids, None)
+    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+
+def why_not(model: Any) -> str | None:
+    """Why tokens of this model are not computed at once; None if they are, on a CPU and without autograd."""
+    plan = _plan_of(model)
+    if not model.native_decoding:
+        return "native_decoding is False"
+    return "it has hooks" if plan.is_hooked() else plan.reason
+
+
+def _reads_all(attention_mask: Tensor | None, rows: int) -> bool:
+    if attention_mask is None:
+        return True
+    shape = attention_mask.shape
+    return len(shape) == 2 and shape[0] == rows and shape[1] > 0 and bool(attention_mask[:, -1].all())
+
+
+# Weights are found once: a plan holds as long as every module and tensor is the one that was found.
+
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_plans: WeakKeyDictionary[nn.Module, "_Plan"] = WeakKeyDictionary()
+
+
+def _plan_of(model: nn.Module) -> "_Plan":
+    plan = _plans.get(model)
+    if plan is None or not plan.holds():
+        plan = _plans[model] = _Plan(model)
+    return plan
+
+
+class _Plan:
+    """A decoder of a model, or the reason that there is none; and what shows whether that is still so."""
+
+    def __init__(self, model: Any) -> None:
+        modules = [model.rwkv, *model.rwkv.blocks.modules(), model.rwkv.ln_out, model.head]
+        self._attributes = [module.__dict__ for module in modules]
+        self._hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
+        slots = [(model._modules, "rwkv"), (model._modules, "head")]
+        for module in modules:
+            slots += [(parts, name) for parts in (module._modules, module._parameters) for name in parts]
+            slots += [(module.__dict__, "eps")] if "eps" in module.__dict__ else []
+        self._holders, self._names = zip(*slots, strict=True)
+        self._held = self._now()
+        self.decoder: decode_cpu.Decoder | None = None
+        self.reason: str | None = None
+        self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
+        try:
+            self.decoder = decode_cpu.Decoder(_weights(model))
+            self._tensors = self.decoder.tensors
+        except (ValueError, Unavailable) as error:
+            self.reason = str(error)
+        self._places = self._where()
+
+    def holds(self) -> bool:
+        return all(map(operator.is_, self._now(), self._held)) and self._where() == self._places
+
+    def is_hooked(self) -> bool:
+        """Whether anybody watches what modules are given and give, or has replaced their ``forward``."""
+        return any(self._hooks) or any(_GLOBAL_HOOKS) or any(map(operator.contains, self._attributes, repeat("forward")))
+
+    def _now(self) -> list[Any]:
+        return list(map(dict.get, self._holders, self._names))
+
+    def _where(self) -> list[Any]:
+        return [*map(Tensor.data_ptr, self._tensors), *map(_DTYPE, self._tensors), *map(_SHAPE, self._tensors)]
+
+
+_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+
+
+def _weights(model: Any) -> decode_cpu.Model:
+    """Raises ValueError for a module of another kind."""
+    from modeling_rwkv import modeling_rwkv as ours  # which imports this module
+
+    rwkv = model.rwkv
+    _check_kinds(ours.RwkvModel, [rwkv])
+    _check_kinds(ours.RwkvBlock, rwkv.blocks)
+    _check_kinds(ours.RwkvTimeMix, [block.attention for block in rwkv.blocks])
+    _check_kinds(ours.RwkvChannelMix, [block.feed_forward for block in rwkv.blocks])
+    _check_kinds(ours.RwkvLayerNorm, [rwkv.blocks[0].pre_ln, rwkv.ln_out])
+    _check_kinds(ours.RwkvLayerNorm, [norm for block in rwkv.blocks for norm in (block.ln1, block.ln2)])
+    return decode_cpu.Model(
+        [_block(block) for block in rwkv.blocks], _norm(rwkv.blocks[0].pre_ln), _norm(rwkv.ln_out), _matrix(model.head)
+    )
+
+
+def _check_kinds(kind: type, modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if type(module) is not kind:
+            raise ValueError(f"there is a {type(module).__name__} where a {kind.__name__} was expected")
+
+
+def _block(block: Any) -> decode_cpu.Block:
+    attention, feed_forward = block.attention, block.feed_forward
+    return decode_cpu.Block(
+        ln1=_norm(block.ln1),
+        ln2=_norm(block.ln2),
+        time_decay=attention.time_decay,
+        time_first=attention.time_first,
+        attention_mix=(attention.time_mix_key, attention.time_mix_value, attention.time_mix_receptance),
+        feed_forward_mix=(feed_forward.time_mix_key, feed_forward.time_mix_receptance),
+        key=_matrix(attention.key),
+        value=_matrix(attention.value),
+        receptance=_matrix(attention.receptance),
+        output=_matrix(attention.output),
+        feed_forward_key=_matrix(feed_forward.key),
+        feed_forward_receptance=_matrix(feed_forward.receptance),
+        feed_forward_value=_matrix(feed_forward.value),
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> decode_cpu.Norm:
+    return decode_cpu.Norm(norm.weight, norm.bias, norm.eps)
+
+
+def _matrix(linear: nn.Module) -> decode_cpu.Matrix:
+    _check_kinds(nn.Linear, [linear])
+    if linear.bias is not None:
+        raise ValueError("a matrix has a bias")
+    return decode_cpu.Matrix(linear.weight)  # type: ignore[arg-type]
