@@ -354,6 +354,9 @@ def _fingerprint(before: Tensor | None, input_ids: Tensor, valid: Tensor | None)
     It tells `generate` whether the ids that it is given repeat what the cache has read or go on from there.
     """
     length = input_ids.shape[1]
+    if length == 1 and valid is None:  # one more token: the same in fewer steps
+        new = input_ids[:, 0] + 1
+        return new if before is None else before.to(new.device) * _HASH_FACTOR + new
     valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
     count = valid.long().cumsum(1)
     powers = torch.full((length + 1,), _HASH_FACTOR, device=input_ids.device)

@@ -97,6 +97,7 @@ class _Plan:
         for module in modules:
             slots += [(parts, name) for parts in (module._modules, module._parameters) for name in parts]
             slots += [(module.__dict__, "eps")] if "eps" in module.__dict__ else []
+            slots += [(x.__dict__, name) for x in module._parameters.values() if _is_int8(x) for name in _INT8_PARTS]
         self._holders, self._names = zip(*slots, strict=True)
         self._held = self._now()
         self.decoder: decode_cpu.Decoder | None = None
@@ -124,6 +125,7 @@ class _Plan:
 
 
 _DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+_INT8_PARTS = "qdata", "scale", "zero_point"
 
 
 def _weights(model: Any) -> decode_cpu.Model:
@@ -175,4 +177,15 @@ def _matrix(linear: nn.Module) -> decode_cpu.Matrix:
     _check_kinds(nn.Linear, [linear])
     if linear.bias is not None:
         raise ValueError("a matrix has a bias")
-    return decode_cpu.Matrix(linear.weight)  # type: ignore[arg-type]
+    weight: Any = linear.weight
+    if not _is_int8(weight):
+        return decode_cpu.Matrix(weight)
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or bool(weight.zero_point.any()):
+        raise ValueError("int8 matrices have zero points, or inputs are rounded, too")
+    return decode_cpu.Matrix(weight.qdata, weight.scale)
+
+
+def _is_int8(weight: Any) -> bool:
+    """Whether this is what torchao makes of a matrix by ``Int8WeightOnlyConfig()``."""
+    kind = type(weight)
+    return kind.__name__ == "Int8Tensor" and kind.__module__.startswith("torchao.")
