@@ -97,8 +97,10 @@ class Decoder:
         if len(before) != len(self._blocks) or not all(map(_fits, _flat(before), kinds * len(before))):
             return None
         x = x.contiguous()
-        after = [tuple(torch.empty(shape, dtype=dtype) for shape, dtype in kinds) for _ in before]
-        logits = torch.empty((rows, self.vocab_size), dtype=dtype)
+        after: list[Any] = [
+            tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in kinds) for _ in before
+        ]
+        logits = torch.empty((rows, self.vocab_size), dtype=dtype, device="cpu")
         pointers = Pointer * (3 * len(before))
         states = [pointers(*map(Tensor.data_ptr, _flat(side))) for side in (before, after)]
         step = _Step(
@@ -106,7 +108,7 @@ class Decoder:
             logits.data_ptr(),
         )  # fmt: skip
         self._run(ctypes.byref(self._model), ctypes.byref(step))
-        return logits, after  # type: ignore[return-value]
+        return logits, after
 
 
 def load() -> None:
@@ -141,7 +143,8 @@ def _check(model: Model) -> None:
         "feed_forward_key": (intermediate, hidden), "feed_forward_value": (hidden, intermediate),
         "feed_forward_receptance": (hidden, hidden), "head": (vocabulary, hidden),
     }  # fmt: skip
-    for part in (*model.blocks, model._replace(blocks=())):
+    parts: list[Any] = [*model.blocks, model._replace(blocks=())]
+    for part in parts:
         for name, value in part._asdict().items():
             shape = shapes.get(name, (hidden,))
             if not isinstance(value, Matrix):

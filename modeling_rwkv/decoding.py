@@ -25,10 +25,10 @@ def next_token(
     model: Any,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    logits_to_keep: int | Tensor,
     past_key_values: RwkvCache | None,
     use_cache: bool | None,
     output_hidden_states: bool | None,
+    logits_to_keep: int | Tensor,
 ) -> CausalLMOutputWithPast | None:
     """Logits (B, 1, V) after one more token, and the cache; or None, where the modules have to run.
 
@@ -115,7 +115,9 @@ class _Plan:
 
     def is_hooked(self) -> bool:
         """Whether anybody watches what modules are given and give, or has replaced their ``forward``."""
-        return any(self._hooks) or any(_GLOBAL_HOOKS) or any(map(operator.contains, self._attributes, repeat("forward")))
+        return (
+            any(self._hooks) or any(_GLOBAL_HOOKS) or any(map(operator.contains, self._attributes, repeat("forward")))
+        )
 
     def _now(self) -> list[Any]:
         return list(map(dict.get, self._holders, self._names))
@@ -130,18 +132,17 @@ _INT8_PARTS = "qdata", "scale", "zero_point"
 
 def _weights(model: Any) -> decode_cpu.Model:
     """Raises ValueError for a module of another kind."""
-    from modeling_rwkv import modeling_rwkv as ours  # which imports this module
+    from modeling_rwkv import modeling_rwkv  # which imports this module
 
-    rwkv = model.rwkv
+    ours: Any = modeling_rwkv
+    rwkv, first, blocks = model.rwkv, model.rwkv.blocks[0], list(model.rwkv.blocks)
     _check_kinds(ours.RwkvModel, [rwkv])
-    _check_kinds(ours.RwkvBlock, rwkv.blocks)
-    _check_kinds(ours.RwkvTimeMix, [block.attention for block in rwkv.blocks])
-    _check_kinds(ours.RwkvChannelMix, [block.feed_forward for block in rwkv.blocks])
-    _check_kinds(ours.RwkvLayerNorm, [rwkv.blocks[0].pre_ln, rwkv.ln_out])
-    _check_kinds(ours.RwkvLayerNorm, [norm for block in rwkv.blocks for norm in (block.ln1, block.ln2)])
-    return decode_cpu.Model(
-        [_block(block) for block in rwkv.blocks], _norm(rwkv.blocks[0].pre_ln), _norm(rwkv.ln_out), _matrix(model.head)
-    )
+    _check_kinds(ours.RwkvBlock, blocks)
+    _check_kinds(ours.RwkvTimeMix, [block.attention for block in blocks])
+    _check_kinds(ours.RwkvChannelMix, [block.feed_forward for block in blocks])
+    norms = [first.pre_ln, rwkv.ln_out, *(norm for block in blocks for norm in (block.ln1, block.ln2))]
+    _check_kinds(ours.RwkvLayerNorm, norms)
+    return decode_cpu.Model([*map(_block, blocks)], _norm(first.pre_ln), _norm(rwkv.ln_out), _matrix(model.head))
 
 
 def _check_kinds(kind: type, modules: Iterable[nn.Module]) -> None:
@@ -169,15 +170,15 @@ def _block(block: Any) -> decode_cpu.Block:
     )
 
 
-def _norm(norm: nn.LayerNorm) -> decode_cpu.Norm:
+def _norm(norm: Any) -> decode_cpu.Norm:
     return decode_cpu.Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _matrix(linear: nn.Module) -> decode_cpu.Matrix:
+def _matrix(linear: Any) -> decode_cpu.Matrix:
     _check_kinds(nn.Linear, [linear])
     if linear.bias is not None:
         raise ValueError("a matrix has a bias")
-    weight: Any = linear.weight
+    weight = linear.weight
     if not _is_int8(weight):
         return decode_cpu.Matrix(weight)
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or bool(weight.zero_point.any()):

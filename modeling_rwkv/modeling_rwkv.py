@@ -364,8 +364,8 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
         }
         others = inputs_embeds, labels, chunk_length, skip_logits or None, kwargs.get("state")
         if all(x is None for x in others):
-            outputs = next_token(self, input_ids, attention_mask, logits_to_keep, **options)
-            if outputs is not None:
+            given = input_ids, attention_mask, past_key_values, use_cache, output_hidden_states, logits_to_keep
+            if (outputs := next_token(self, *given)) is not None:
                 return outputs
         kwargs["vocab_size"] = self.config.vocab_size
         if labels is not None:
