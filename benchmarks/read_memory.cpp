@@ -1,8 +1,9 @@
 // How fast this machine reads memory: the ceiling of everything that reads each weight once.
 
 #include <cstdint>
+#include <cstring>
 
-#include "cpu_vectors.h"
+#include "../kernels/cpu_vectors.h"
 
 // The sum of `count` int32 read by several threads, so that no compiler leaves the reading out.
 extern "C" int64_t read_memory(const int32_t* from, int64_t count, int threads) {

@@ -8,8 +8,10 @@
 // each other four times a block. A number is the same sum in the same order whatever the number of threads or rows.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -212,8 +214,28 @@ void mix(const Numbers& weight, int64_t rows, const Rows& x, const void* previou
 
 // -- a token ----------------------------------------------------------------------------------------------------------
 
+// Where threads wait for each other. OpenMP's barrier keeps a core busy for so long that on one that other programs use,
+// too, the thread that is waited for does not come to run: a token then takes eight times as long.
+class Barrier {
+    static constexpr int PATIENCE = 1000;  // looks before others may have the core
+    std::atomic<int64_t> arrived{0}, turn{0};
+
+  public:
+    void wait(int64_t threads) {
+        const int64_t now = turn.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(now + 1, std::memory_order_release);
+        }
+        for (int looks = 0; turn.load(std::memory_order_acquire) == now; ++looks) {
+            if (looks > PATIENCE) std::this_thread::yield();
+        }
+    }
+};
+
 // What all threads work on.
 struct Shared {
+    Barrier barrier;
     Rows x, key, value, receptance, hidden, gate, delta, logits;  // A columns: key, value, receptance; I: hidden
 
     Shared(const Model& model, int64_t rows)
@@ -263,11 +285,6 @@ class Worker {
         return {cut(thread), cut(thread + 1)};
     }
 
-    // What one thread wrote, all may read from here on.
-    void wait() const {
-#pragma omp barrier
-    }
-
     template <class Body> ALWAYS_INLINE void each(Range part, const Body& body) const {
         for (int64_t b = 0; b < rows; ++b) each_vector(part, [&](int64_t i, auto lanes) { body(b, i, lanes); });
     }
@@ -291,7 +308,7 @@ class Worker {
         each(part, [&](int64_t b, int64_t i, auto) {
             shared.x.set(b, i, shared.x.get(b, i) + change(b, i, shared.delta.get(b, i)));
         });
-        wait();
+        shared.barrier.wait(threads);
     }
 
     // Leaves in `receptance` what it gates.
@@ -307,7 +324,7 @@ class Worker {
             const Floats wkv = this->wkv(block, before.wkv, after.wkv, b, i, lanes);
             shared.receptance.set(b, i, sigmoid(shared.receptance.get(b, i)) * wkv);
         });
-        wait();
+        shared.barrier.wait(threads);
     }
 
     template <class Lanes>
@@ -340,7 +357,7 @@ class Worker {
         });
         const Range own = share(block.feed_forward_receptance.rows);
         multiply_mixed(block.feed_forward_receptance, weights[1], before.channel_mix, own, shared.gate);
-        wait();
+        shared.barrier.wait(threads);
     }
 };
 

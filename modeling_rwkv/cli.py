@@ -283,6 +283,9 @@ def _describe(found: dict[str, Any]) -> str:
             dtypes = [dtype for dtype, chosen in device["wkv"].items() if chosen == backend]
             lines.append(f"  WKV runs as {backend} in {', '.join(dtypes)}")
         lines += [f"  not as {backend}: {reason}" for backend, reason in device["not_wkv"].items()]
+        if "not_decoding" in device:
+            reason = device["not_decoding"]
+            lines.append(f"  the next token is computed {f'module by module: {reason}' if reason else 'at once'}")
     return "\n".join([*lines, "", "self-test", ""])
 
 

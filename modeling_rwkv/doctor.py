@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modeling_rwkv import RwkvConfig, RwkvForCausalLM, demo_model_path
+from modeling_rwkv.decoding import why_not
 from rwkv_kernels import wkv4 as operator
 
 _PACKAGES = ("modeling-rwkv", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft")
@@ -22,7 +23,10 @@ _FAILURES = (RuntimeError, ValueError, ImportError, OSError)
 
 
 def examine() -> dict[str, Any]:
-    """Everything that is known without computing anything, as JSON takes it."""
+    """Everything that is known without computing anything, as JSON takes it.
+
+    ``not_decoding`` of a CPU is the reason why tokens are not computed at once there; None where they are.
+    """
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
@@ -58,6 +62,7 @@ def _describe(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "not_decoding": why_not(_tiny_model()),
         }
     return found | _implementations(device)
 
@@ -92,6 +97,7 @@ def self_test() -> Iterator[dict[str, Any]]:
             yield _try(f"WKV equals its float64 reference, {where}", partial(_accuracy, device, dtype))
         yield _try(f"WKV in two parts equals WKV in one, float32 on {device}", partial(_split, device))
         yield _try(f"a padded batch equals its rows, float32 on {device}", partial(_padding, device))
+    yield _try("a token computed at once equals the modules', float32 on cpu", _decoding)
 
 
 def _try(name: str, measure: Callable[[], tuple[float, float]]) -> dict[str, Any]:
@@ -143,17 +149,31 @@ def _split(device: torch.device) -> tuple[float, float]:
 @torch.no_grad()
 def _padding(device: torch.device) -> tuple[float, float]:
     """Logits of texts of 3, 7 and 5 tokens, padded on the left, against each text alone."""
-    config = RwkvConfig(vocab_size=29, hidden_size=24, num_hidden_layers=2, bos_token_id=None, eos_token_id=None)
-    model = RwkvForCausalLM(config).to(device).eval()
-    for x in model.parameters():
-        x.copy_(_random(*x.shape) / x.shape[-1] ** 0.5)  # the paper's initialisation is zero in many places
+    model = _tiny_model().to(device)
     lengths, longest = (3, 7, 5), 7
-    ids = torch.arange(3 * longest, device=device).view(3, longest) * 5 % config.vocab_size
+    ids = torch.arange(3 * longest, device=device).view(3, longest) * 5 % model.config.vocab_size
     mask = torch.stack([torch.arange(longest, device=device) >= longest - length for length in lengths]).long()
     batch = model(input_ids=ids, attention_mask=mask).logits
     alone = [model(input_ids=row[None, longest - n :]).logits[0] for row, n in zip(ids, lengths, strict=True)]
     errors = [_distance(row[longest - len(one) :], one) for row, one in zip(batch, alone, strict=True)]
     return torch.tensor(errors).max().item(), 1e-4  # the maximum of a tensor does not overlook NaN
+
+
+@torch.no_grad()
+def _decoding() -> tuple[float, float]:
+    """Logits of the last of five tokens, alone and all at once."""
+    model, ids = _tiny_model(), torch.arange(10).view(2, 5)
+    past = model(input_ids=ids[:, :4]).past_key_values
+    return _distance(model(input_ids=ids[:, 4:], past_key_values=past).logits, model(ids).logits[:, 4:]), 1e-4
+
+
+@torch.no_grad()
+def _tiny_model() -> RwkvForCausalLM:
+    config = RwkvConfig(vocab_size=29, hidden_size=24, num_hidden_layers=2, bos_token_id=None, eos_token_id=None)
+    model = RwkvForCausalLM(config).eval()
+    for x in model.parameters():
+        x.copy_(_random(*x.shape) / x.shape[-1] ** 0.5)  # the paper's initialisation is zero in many places
+    return model
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

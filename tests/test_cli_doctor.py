@@ -8,7 +8,8 @@ from commands import raiser, rwkv
 
 import modeling_rwkv
 from modeling_rwkv import doctor
-from rwkv_kernels import wkv4
+from rwkv_kernels import decode_cpu, wkv4
+from rwkv_kernels.loader import Unavailable
 
 
 def test_doctor():
@@ -54,6 +55,20 @@ def test_doctor_says_why_an_implementation_does_not_run(monkeypatch):
     monkeypatch.setattr(doctor.operator, "wkv4", operator)
     assert "beads" not in json.dumps(doctor.examine()["devices"][0]["wkv"])
     assert doctor.examine()["devices"][0]["not_wkv"]["abacus"] == "no wires"
+
+
+def test_doctor_says_whether_a_token_is_computed_at_once(monkeypatch):
+    assert "the next token is computed at once" in rwkv("doctor").stdout
+    monkeypatch.setattr(decode_cpu, "_library", raiser(Unavailable("No C++ compiler. Install one.")))
+    assert doctor.examine()["devices"][0]["not_decoding"] == "No C++ compiler. Install one."
+    assert "module by module: No C++ compiler. Install one." in rwkv("doctor").stdout
+
+
+def test_doctor_finds_a_token_that_is_wrong(monkeypatch):
+    step = decode_cpu.Decoder.step
+    monkeypatch.setattr(decode_cpu.Decoder, "step", lambda self, x, before: step(self, -x, before))
+    result = rwkv("doctor")
+    assert result.exit_code == 1 and result.stdout.count("FAIL") == 1 and "FAIL  a token" in result.stdout
 
 
 def wrong(change):
