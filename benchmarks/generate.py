@@ -8,8 +8,8 @@
 Sides (`sides.py`): ours; ours with ``native_decoding`` off, module by module; the model built into transformers; the
 official `rwkv` package; GPT-NeoX with its KV cache. The likeliest token each time, by transformers' own `generate`, or
 by a loop where there is none. The RWKV-4 sides hold the same random weights, and in float32 must begin with the same
-eight tokens; if not, no speed is printed and the exit code is 1. Built-in and official write one row alone: of batches,
-the former gives wrong results and the latter knows none.
+eight tokens; if not, no speed is printed and the exit code is 1. Built-in and official write one row: of batches, the
+former gives wrong results and the latter knows none.
 
 Reading a token's weights (all but the embeddings, of which a token needs one row), in a loop that adds them up, is
 timed by turns with the sides. No program that reads each of them once is faster: that is the ceiling.
