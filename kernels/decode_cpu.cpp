@@ -215,7 +215,8 @@ void mix(const Numbers& weight, int64_t rows, const Rows& x, const void* previou
 // -- a token ----------------------------------------------------------------------------------------------------------
 
 // Where threads wait for each other. OpenMP's barrier keeps a core busy for so long that on one that other programs use,
-// too, the thread that is waited for does not come to run: a token then takes eight times as long.
+// too, the thread that is waited for does not come to run: beside two busy programs, on two cores, a token took six times
+// as long.
 class Barrier {
     static constexpr int PATIENCE = 1000;  // looks before others may have the core
     std::atomic<int64_t> arrived{0}, turn{0};
