@@ -51,12 +51,12 @@ def both(model, ids):
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_logits_and_states_are_those_of_the_modules(shape, rows, steps):
     model = make(EVERY_SHAPE[shape])
-    (logits, cache), (expected, other) = both(model, text(rows, 9, model.config.vocab_size))
+    ids = text(rows, 9, model.config.vocab_size)
+    (logits, cache), (expected, other) = both(model, ids)
     assert steps == [rows] * 6
     agree(logits, expected, atol=1e-4)
     agree(contents(cache), contents(other), atol=1e-4)
-    same(cache.fingerprint, other.fingerprint)
-    assert cache.seen_tokens == other.seen_tokens == 9
+    assert cache.has_read(ids) and cache.seen_tokens == 9
 
 
 @pytest.mark.parametrize("dtype", HALVES)
