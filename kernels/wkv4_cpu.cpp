@@ -18,7 +18,7 @@ constexpr int TILE = 64;        // tokens between two states that the forward pa
 constexpr int GROUP = 4;        // vectors of channels that one thread takes at a time
 constexpr int TURN = 8;         // tokens that each of them then takes in turn
 constexpr int SEGMENT = 1024;   // tokens of a segment, a multiple of TILE
-constexpr int AHEAD = 8;        // tokens to fetch ahead of use
+constexpr int AHEAD = 6;        // tokens to fetch ahead of use
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth waking a thread for
 
 // -- the problem ------------------------------------------------------------------------------------------------------
