@@ -133,8 +133,8 @@ def _fits(x: Tensor, kind: tuple[tuple[int, ...], torch.dtype]) -> bool:
     return type(x) is Tensor and (x.shape, x.dtype) == kind and x.is_cpu and x.is_contiguous()
 
 
-def _check(model: Model) -> None:
-    """Raises ValueError, unless every tensor is one that the kernel reads."""
+def _check(model: Model, device: str = "cpu") -> None:
+    """Raises ValueError, unless every tensor is one that the kernel for a kind of device reads."""
     (vocabulary, hidden), dtype = model.head.data.shape, model.head.data.dtype
     attention, intermediate = len(model.blocks[0].time_decay), len(model.blocks[0].feed_forward_key.data)
     shapes = {
@@ -149,17 +149,19 @@ def _check(model: Model) -> None:
             shape = shapes.get(name, (hidden,))
             if not isinstance(value, Matrix):
                 for x in tensors_of(value):
-                    _check_tensor(name, x.view(-1) if x.shape[:-1].numel() == 1 else x, shape, DTYPES)
+                    _check_tensor(name, x.view(-1) if x.shape[:-1].numel() == 1 else x, shape, DTYPES, device)
             elif value.scales is None:
-                _check_tensor(name, value.data, shape, (dtype,))
+                _check_tensor(name, value.data, shape, (dtype,), device)
             else:
-                _check_tensor(name, value.data, shape, (torch.int8,))
-                _check_tensor(f"scales of {name}", value.scales, (shape[0], 1), (torch.float32,))
+                _check_tensor(name, value.data, shape, (torch.int8,), "cpu")
+                _check_tensor(f"scales of {name}", value.scales, (shape[0], 1), (torch.float32,), "cpu")
 
 
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided or x.is_neg():
-        raise ValueError(f"{name} is a {type(x).__name__} on {x.device}: the kernel reads plain tensors on a CPU")
+def _check_tensor(
+    name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], device: str
+) -> None:
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != device or x.layout != torch.strided or x.is_neg():
+        raise ValueError(f"{name} is a {type(x).__name__} on {x.device}: the kernel reads plain tensors on a {device}")
     if x.dtype not in dtypes or x.dtype not in (*DTYPES, torch.int8):
         raise ValueError(f"{name} is {x.dtype}: the kernel reads {', '.join(map(str, DTYPES))}, all matrices alike")
     if x.shape != shape or not x.is_contiguous():

@@ -54,6 +54,7 @@ class Kernel:
 
     def __init__(self, driver: Any, module: Any, function: Any, device: int) -> None:
         self.driver, self.module, self.function, self.device = driver, module, function, device
+        self.shared_bytes = 48 * 2**10  # that a block may have, see allow
 
 
 def cpu_library(source: str | Path) -> ctypes.CDLL:
@@ -136,10 +137,20 @@ def cuda_kernel(
     return _once(("cuda", source, name, device.index, _frozen(defines)), load)
 
 
-def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
+def launch(
+    kernel: Kernel,
+    blocks: tuple[int, int],
+    threads: int,
+    arguments: ctypes.Structure,
+    shared_bytes: int = 0,
+    together: bool = False,
+) -> None:
     """Start a kernel, whose one parameter is a structure, in rows of blocks, on torch's current stream of its device.
 
     That device must be the current one. Returns at once; can be captured in a graph.
+
+    shared_bytes: memory of a block beside what the source says; above 48 KiB, ``allow`` it first.
+    together: all blocks run at once, so that they can wait for each other.
 
     Raises:
         RuntimeError: the driver does not start it, for example because a block is too large.
@@ -147,13 +158,29 @@ def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, arguments: cty
     driver = kernel.driver
     stream = torch.cuda.current_stream(kernel.device).cuda_stream
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    call = (kernel.function, *blocks, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
-    (status,) = driver.cuLaunchKernel(*call)
+    call: tuple[Any, ...] = kernel.function, *blocks, 1, threads, 1, 1, shared_bytes, stream
+    call += (ctypes.addressof(parameters),) if together else (ctypes.addressof(parameters), 0)
+    start = driver.cuLaunchCooperativeKernel if together else driver.cuLaunchKernel
+    (status,) = start(*call)
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA so far
         _make_current(driver, kernel.device)
-        (status,) = driver.cuLaunchKernel(*call)
+        (status,) = start(*call)
     if status:
         raise RuntimeError(f"{status.name}: {blocks[0]} x {blocks[1]} blocks of {threads} threads")
+
+
+def allow(kernel: Kernel, shared_bytes: int) -> None:
+    """Let a block of a kernel have so much shared memory beside what the source says.
+
+    Raises:
+        Unavailable: a multiprocessor of the device has less.
+    """
+    if shared_bytes > kernel.shared_bytes:
+        attribute = kernel.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = kernel.driver.cuFuncSetAttribute(kernel.function, attribute, shared_bytes)
+        if status:
+            raise Unavailable(f"{shared_bytes} bytes of shared memory are more than cuda:{kernel.device} has.")
+        kernel.shared_bytes = shared_bytes
 
 
 def clear() -> None:

@@ -1,10 +1,13 @@
-"""Where a model's next token is computed at once, by `rwkv_kernels.decode_cpu`, instead of module by module.
+"""Where a model's next token is computed at once instead of module by module.
 
 `RwkvForCausalLM.forward` asks :func:`next_token` first. It has an answer where nobody could tell the difference but by
-the clock: one new token a row, on a CPU, without autograd, in a model of ordinary modules that nobody watches.
+the clock: one new token a row, without autograd, in a model that nobody watches. For a few rows a kernel reads the
+weights of ordinary modules, `rwkv_kernels.decode_cpu` on a CPU and `rwkv_kernels.decode_cuda` on a GPU. For more rows
+on a GPU the modules are replayed from a CUDA graph, if the cache is an :class:`RwkvStaticCache`.
 """
 
 import operator
+import weakref
 from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
@@ -16,7 +19,8 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_rwkv.cache import LayerState, RwkvCache
-from rwkv_kernels import decode_cpu
+from modeling_rwkv.static_cache import Replay, RwkvStaticCache, StackedLayers
+from rwkv_kernels import decode_cpu, decode_cuda
 from rwkv_kernels.loader import Unavailable
 from rwkv_kernels.wkv4_native import are_at_hand
 
@@ -37,29 +41,26 @@ def next_token(
     """
     if not model.native_decoding or torch.is_grad_enabled() or not are_at_hand(input_ids, attention_mask):
         return None
-    if not isinstance(input_ids, Tensor) or not input_ids.is_cpu or input_ids.ndim != 2 or input_ids.shape[1] != 1:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] != 1:
         return None
-    rows, past = len(input_ids), past_key_values
-    if type(past) is not RwkvCache or past.batch_size != rows or rows > decode_cpu.MOST_ROWS:
+    rows, past, device = len(input_ids), past_key_values, input_ids.device
+    if type(past) not in (RwkvCache, RwkvStaticCache) or past.batch_size != rows:
         return None
     use_cache = (model.config.use_cache and not model.training) if use_cache is None else use_cache
     if not use_cache or (model.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
         return None
-    if not isinstance(logits_to_keep, int) or logits_to_keep < 0 or torch.is_autocast_enabled("cpu"):
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0 or torch.is_autocast_enabled(device.type):
         return None
-    plan = _plan_of(model) if _reads_all(attention_mask, rows) else None
-    if plan is None or plan.decoder is None or plan.is_hooked():
-        return None
-    result = plan.decoder.step(model.rwkv.embeddings(input_ids)[:, 0], past.layers)
+    plan = _plan_for(model, past) if device.type in DECODERS and _reads_all(attention_mask, rows) else None
+    result = None if plan is None or plan.is_hooked() else plan.step(model, input_ids, past)
     if result is None:
         return None
-    logits, states = result
-    cache = past.advance([LayerState(*state) for state in states], 1, input_ids, None)
-    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+    logits, layers = result
+    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past.advance(layers, 1, input_ids, None))
 
 
 def why_not(model: Any) -> str | None:
-    """Why tokens of this model are not computed at once; None if they are, on a CPU and without autograd."""
+    """Why tokens of this model are not computed by a kernel; None if they are, without autograd."""
     plan = _plan_of(model)
     if not model.native_decoding:
         return "native_decoding is False"
@@ -86,8 +87,20 @@ def _plan_of(model: nn.Module) -> "_Plan":
     return plan
 
 
+def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan":
+    """A static cache keeps to the plan that it began with."""
+    if not isinstance(cache, RwkvStaticCache):
+        return _plan_of(model)
+    if cache.plan is None or cache.plan[0]() is not model:
+        cache.plan = weakref.ref(model), _plan_of(model)
+    return cache.plan[1]
+
+
 class _Plan:
-    """A decoder of a model, or the reason that there is none; and what shows whether that is still so."""
+    """A decoder of a model, or the reason that there is none; and what shows whether that is still so.
+
+    replays: the model as a CUDA graph, for each number of rows and stream; None where it cannot be one.
+    """
 
     def __init__(self, model: Any) -> None:
         modules = [model.rwkv, *model.rwkv.blocks.modules(), model.rwkv.ln_out, model.head]
@@ -100,11 +113,13 @@ class _Plan:
             slots += [(x.__dict__, name) for x in module._parameters.values() if _is_int8(x) for name in _INT8_PARTS]
         self._holders, self._names = zip(*slots, strict=True)
         self._held = self._now()
-        self.decoder: decode_cpu.Decoder | None = None
+        self.decoder: decode_cpu.Decoder | decode_cuda.Decoder | None = None
+        self.replays: dict[tuple[int, int], Replay | None] = {}
         self.reason: str | None = None
         self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
         try:
-            self.decoder = decode_cpu.Decoder(_weights(model))
+            weights = _weights(model)
+            self.decoder = DECODERS.get(weights.head.data.device.type, decode_cpu.Decoder)(weights)
             self._tensors = self.decoder.tensors
         except (ValueError, Unavailable) as error:
             self.reason = str(error)
@@ -119,6 +134,28 @@ class _Plan:
             any(self._hooks) or any(_GLOBAL_HOOKS) or any(map(operator.contains, self._attributes, repeat("forward")))
         )
 
+    def step(self, model: Any, input_ids: Tensor, past: RwkvCache) -> tuple[Tensor, list[LayerState]] | None:
+        """Logits (B, V) after one more token (B, 1), and the states; None if the modules have to run."""
+        decoder = self.decoder
+        if isinstance(decoder, decode_cpu.Decoder):
+            result = decoder.step(model.rwkv.embeddings(input_ids)[:, 0], past.layers) if input_ids.is_cpu else None
+            return None if result is None else (result[0], [LayerState(*state) for state in result[1]])
+        if isinstance(past, RwkvStaticCache) and (decoder is None or len(input_ids) > decoder.few):
+            replay = self._replay(model, past) if input_ids.is_cuda else None
+            return None if replay is None else replay.step(input_ids, past)
+        if decoder is None:
+            return None
+        before = StackedLayers.of(past.layers)
+        after = past.other_than(before) if isinstance(past, RwkvStaticCache) else before.empty_like()
+        logits = decoder.step(model.rwkv.embeddings(input_ids)[:, 0], before.stack, after.stack)
+        return None if logits is None else (logits, after)
+
+    def _replay(self, model: Any, past: RwkvStaticCache) -> Replay | None:
+        key = past.batch_size, torch.cuda.current_stream().cuda_stream
+        if key not in self.replays:
+            self.replays[key] = Replay.of(model, self.decoder, past.layers)
+        return self.replays[key]
+
     def _now(self) -> list[Any]:
         return list(map(dict.get, self._holders, self._names))
 
@@ -126,6 +163,7 @@ class _Plan:
         return [*map(Tensor.data_ptr, self._tensors), *map(_DTYPE, self._tensors), *map(_SHAPE, self._tensors)]
 
 
+DECODERS: dict[str, Any] = {"cpu": decode_cpu.Decoder, "cuda": decode_cuda.Decoder}
 _DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
 _INT8_PARTS = "qdata", "scale", "zero_point"
 

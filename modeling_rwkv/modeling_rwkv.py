@@ -21,11 +21,11 @@ from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.chunks import loss_by_chunks
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.decoding import next_token
+from modeling_rwkv.generation_mixin import RwkvGenerationMixin
 from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
 from modeling_rwkv.initialization import init_channel_mix, init_linear, init_time_mix, linear
 from modeling_rwkv.loss import chunked_loss
 from modeling_rwkv.packing import IGNORED, Layout, arrange
-from modeling_rwkv.stopping import RwkvGenerationMixin
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
@@ -417,34 +417,6 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
             return loss, outputs.past_key_values
 
         return loss_by_chunks(self, read, tokens, labels, bounds, chunk_length, carry_gradients)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: RwkvCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Continuing from a cache, `generate` takes the whole text so far or only what is new, whichever is given.
-
-        Without a mask over more than the given ids, by which transformers knows that they are new (and then gives no
-        ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
-        read.
-        """
-        if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):
-            next_sequence_length = past_key_values.unread(input_ids, attention_mask, inputs_embeds)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
 
 
 def _check_that_none_is_given(**options: Any) -> None:

@@ -12,7 +12,7 @@ KEPT = 8  # sets of stop strings
 PLACE = ("revision", "subfolder", "cache_dir")
 
 
-class RwkvGenerationMixin(GenerationMixin):
+class StopStringMixin(GenerationMixin):
     """`generate`, which looks up the tokenizer that transformers needs to find stop strings.
 
     They are those of `generation_config.json`, where a chat template has its own; `stop_strings=None` goes past them.

@@ -1,0 +1,257 @@
+"""One token of a whole RWKV-4 on an NVIDIA GPU, in CUDA C++: the tensors for `decode_cuda.cu`, compiled when needed.
+
+Symbols: B rows of the batch, L blocks, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_kernels import loader
+from rwkv_kernels.decode_cpu import (
+    DTYPES,
+    Matrix,
+    Model,
+    Norm,
+    State,
+    _argument,
+    _Block,
+    _check,
+    _Model,
+    _Norm,
+    _Numbers,
+    tensors_of,
+)
+from rwkv_kernels.wkv4_native import Arguments, Integer, Pointer, fields
+
+MOST_ROWS = 4
+WARPS = 16  # of the block of threads that a multiprocessor has
+LANES = 32
+THREADS = LANES * WARPS
+SMALL = "decode_cuda"  # the kernel for few rows
+PIECE = 16  # bytes that a thread reads at once
+
+
+class Stack(NamedTuple):
+    """The states of all blocks. time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32."""
+
+    time_mix: Tensor
+    channel_mix: Tensor
+    wkv: Tensor
+
+    @classmethod
+    def of(cls, states: Sequence[State]) -> "Stack":
+        return cls(*map(torch.stack, zip(*states, strict=True)))
+
+    def empty_like(self) -> "Stack":
+        return Stack(*map(torch.empty_like, self))
+
+    def states(self) -> list[State]:
+        """Those of each block, as views."""
+        return list(zip(*map(Tensor.unbind, self), strict=True))
+
+
+class Decoder:
+    """A model whose tokens are computed from its weights where they lie: edits are seen, replacements are not.
+
+    few: up to so many rows of a batch one kernel does it all, `decode_cuda.cu`. For more, matrix products are PyTorch's
+    and `decode_rows.cu` does what is between them; not in float16, where the residual stream would have to be scaled.
+
+    Raises:
+        ValueError: a tensor that the kernels do not take; says which and why.
+        loader.Unavailable: there are no kernels.
+    """
+
+    def __init__(self, model: Model) -> None:
+        _check(model, "cuda")
+        first = model.blocks[0]
+        self.model, self.tensors = model, list(tensors_of(model))
+        self.dtype, self.device = model.head.data.dtype, model.head.data.device
+        if self.dtype not in DTYPES or first.key.scales is not None or any(x.device != self.device for x in self.tensors):
+            raise ValueError("matrices are int8, or not all on one device: the kernel reads floats of its own device")
+        self.vocab_size, self.hidden_size = model.head.data.shape
+        self.attention_size, self.intermediate_size = len(first.time_decay), len(first.feed_forward_key.data)
+        sizes = self.hidden_size, self.attention_size, self.intermediate_size
+        if any(size * self.dtype.itemsize % PIECE for size in sizes):
+            raise ValueError(f"matrices have {sizes} columns: the kernel reads {PIECE} bytes at once")
+        if any(x.data_ptr() % PIECE for x in self.tensors):
+            raise ValueError(f"a tensor begins at an address that is no multiple of {PIECE}")
+        properties = torch.cuda.get_device_properties(self.device)
+        self.processors = properties.multi_processor_count
+        self.few = min(MOST_ROWS, properties.shared_memory_per_block_optin // self._shared_bytes(1))
+        self._kinds = _kinds(model)
+        blocks = (_Block * len(model.blocks))(*(_Block(*map(_argument, block)) for block in model.blocks))
+        self._table = torch.frombuffer(bytearray(blocks), dtype=torch.uint8).to(self.device)
+        rest = map(_argument, (model.pre_ln, model.ln_out, model.head))
+        self._model = _Model(len(model.blocks), self._table.data_ptr(), *rest)
+        self._rooms: dict[tuple[int, int], _Room] = {}
+        self._kernel(SMALL, 1)
+
+    def step(self, x: Tensor, before: Stack, after: Stack) -> Tensor | None:
+        """Logits (B, V) of the next token; ``after`` becomes the states after this one. None for what is not taken.
+
+        x: (B, C), the embeddings of the token, in ``dtype``.
+        before: as the model keeps them. ``after``: room of the same shapes; of more than ``few`` rows, it may be the
+            same.
+        """
+        rows = len(x)
+        if x.dtype != self.dtype or x.shape != (rows, self.hidden_size) or rows == 0:
+            return None
+        if not self._fits(before, rows) or not self._fits(after, rows):
+            return None
+        with torch.cuda.device(self.device):
+            if rows <= self.few:
+                return self._few_rows(x.contiguous(), before, after)
+            return None if self.dtype == torch.float16 else self._many_rows(x.contiguous(), before, after)
+
+    def _few_rows(self, x: Tensor, before: Stack, after: Stack) -> Tensor:
+        rows = len(x)
+        logits = x.new_empty(rows, self.vocab_size)
+        arguments = _Arguments(
+            self._model, x.data_ptr(), _State(*map(Tensor.data_ptr, before)), _State(*map(Tensor.data_ptr, after)),
+            logits.data_ptr(), *map(Tensor.data_ptr, self._room(rows)),
+        )  # fmt: skip
+        kernel, shared_bytes = self._kernel(SMALL, rows), self._shared_bytes(rows)
+        loader.launch(kernel, (self.processors, 1), THREADS, arguments, shared_bytes, together=True)
+        return logits
+
+    def _many_rows(self, x: Tensor, before: Stack, after: Stack) -> Tensor:
+        kind = {"dtype": self.dtype, "device": self.device}
+        rows, stream = len(x), torch.empty(x.shape, dtype=torch.float32, device=self.device)
+        mixed, normed = torch.empty(3, *x.shape, **kind), torch.empty(x.shape, **kind)
+        gated = torch.empty(rows, self.attention_size, **kind)
+        growth: dict[str, Any] = {"x": x, "pre_ln": _argument(self.model.pre_ln)}
+        for layer, block in enumerate(self.model.blocks):
+            self._enter(
+                "enter_attention", rows, block.ln1, block.attention_mix, stream=stream, out=mixed,
+                before=before.time_mix[layer], after=after.time_mix[layer], **growth,
+            )  # fmt: skip
+            key, value, receptance = map(_product, mixed, (block.key, block.value, block.receptance))
+            arguments = _Attending(
+                time_decay=_argument(block.time_decay), time_first=_argument(block.time_first), key=key, value=value,
+                receptance=receptance, before=before.wkv[layer], after=after.wkv[layer], out=gated,
+                channels=self.attention_size,
+            )  # fmt: skip
+            self._launch("attend", (-(-self.attention_size // THREADS), rows), arguments)
+            self._enter(
+                "enter_feed_forward", rows, block.ln2, block.feed_forward_mix, stream=stream, out=mixed,
+                before=before.channel_mix[layer], after=after.channel_mix[layer], delta=_product(gated, block.output),
+            )  # fmt: skip
+            hidden = _product(mixed[0], block.feed_forward_key)
+            squaring = _Squaring(x=hidden, count=hidden.numel())
+            self._launch("square", (-(-hidden.numel() // (4 * THREADS)), 1), squaring)
+            receptance = _product(mixed[1], block.feed_forward_receptance)
+            growth = {"delta": _product(hidden, block.feed_forward_value), "receptance": receptance}
+        self._enter("enter_head", rows, self.model.ln_out, (), stream=stream, out=normed, **growth)
+        return _product(normed, self.model.head)
+
+    def _enter(self, name: str, rows: int, norm: Norm, mixes: Sequence[Tensor], **tensors: Any) -> None:
+        several = (_Numbers * 3)(*map(_argument, mixes))
+        arguments = _Entering(norm=_argument(norm), mixes=several, channels=self.hidden_size, **tensors)
+        self._launch(name, (rows, 1), arguments)
+
+    def _launch(self, name: str, blocks: tuple[int, int], arguments: ctypes.Structure) -> None:
+        loader.launch(self._kernel(name, 1), blocks, THREADS, arguments)
+
+    def _fits(self, states: Stack, rows: int) -> bool:
+        blocks = len(self.model.blocks)
+        shapes = [(blocks, rows, self.hidden_size)] * 2 + [(blocks, rows, 3, self.attention_size)]
+        dtypes = self.dtype, self.dtype, torch.float32
+        return all(
+            x.shape == shape and x.dtype == dtype and x.device == self.device and x.is_contiguous()
+            for x, shape, dtype in zip(states, shapes, dtypes, strict=True)
+        )
+
+    def _room(self, rows: int) -> "_Room":
+        """Where blocks of threads tell each other what they found: for each stream its own."""
+        key = torch.cuda.current_stream(self.device).cuda_stream, rows
+        if key not in self._rooms:
+            sizes = self.hidden_size, self.attention_size, self.intermediate_size, self.hidden_size
+            parts = [torch.empty(rows, size, device=self.device) for size in sizes]
+            self._rooms[key] = _Room(*parts, torch.zeros(2, dtype=torch.int32, device=self.device))
+        return self._rooms[key]
+
+    def _shared_bytes(self, rows: int) -> int:
+        widest = max(3 * self.hidden_size, self.attention_size, self.intermediate_size)
+        return 2 * ctypes.sizeof(_Block) + 4 * rows * (2 * WARPS + widest)
+
+    def _kernel(self, name: str, rows: int) -> loader.Kernel:
+        macros = defines(self._kinds, rows, self.hidden_size)
+        return _kernel(name, self.device, macros, self._shared_bytes(rows) if name == SMALL else 0)
+
+
+def _product(x: Tensor, matrix: Matrix) -> Tensor:
+    return torch.nn.functional.linear(x, matrix.data)
+
+
+class _Room(NamedTuple):
+    stream: Tensor  # (B, C)
+    gated: Tensor  # (B, A)
+    hidden: Tensor  # (B, I)
+    gate: Tensor  # (B, C)
+    met: Tensor  # (2,)
+
+
+class _Entering(Arguments):
+    _fields_ = (
+        [("norm", _Norm), ("mixes", _Numbers * 3), ("pre_ln", _Norm)]
+        + fields(Pointer, "x delta receptance stream before after out")
+        + fields(Integer, "channels")
+    )
+
+
+class _Attending(Arguments):
+    _fields_ = (
+        fields(_Numbers, "time_decay time_first")
+        + fields(Pointer, "key value receptance before after out")
+        + fields(Integer, "channels")
+    )
+
+
+class _Squaring(Arguments):
+    _fields_ = [("x", Pointer), ("count", Integer)]
+
+
+class _State(ctypes.Structure):
+    _fields_ = fields(Pointer, "time_mix channel_mix wkv")
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("model", _Model), ("x", Pointer), ("before", _State), ("after", _State), ("logits", Pointer),
+        *fields(Pointer, "stream gated hidden gate met"),
+    ]  # fmt: skip
+
+
+def defines(kinds: Sequence[torch.dtype], rows: int, hidden_size: int) -> dict[str, str]:
+    """What the source is compiled with. kinds: of matrices; of norms and mixes; of time_decay and time_first."""
+    matrix, vector, time = map(DTYPES.index, kinds)
+    numbers = {"ELEMENT": matrix, "VECTOR": vector, "TIME": time, "CHANNELS": 1, "ROWS": rows, "WARPS": WARPS}
+    numbers["FOURS"] = -(-hidden_size // (4 * THREADS))
+    return {name: str(number) for name, number in numbers.items()}
+
+
+def _kernel(name: str, device: torch.device, defines: dict[str, str], shared_bytes: int) -> loader.Kernel:
+    kernel = loader.cuda_kernel("decode_cuda.cu" if name == SMALL else "decode_rows.cu", name, device, defines)
+    loader.allow(kernel, shared_bytes)
+    return kernel
+
+
+def _kinds(model: Model) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """The dtypes of matrices, of norms and mixes, of time_decay and time_first.
+
+    Raises:
+        ValueError: some of one sort are not like the others.
+    """
+    vectors, times = set(), set()
+    for block in model.blocks:
+        times |= {block.time_decay.dtype, block.time_first.dtype}
+        vectors |= {x.dtype for x in (*block.attention_mix, *block.feed_forward_mix)}
+        vectors |= {x.dtype for norm in (block.ln1, block.ln2) for x in (norm.weight, norm.bias)}
+    vectors |= {x.dtype for norm in (model.pre_ln, model.ln_out) for x in (norm.weight, norm.bias)}
+    if len(vectors) > 1 or len(times) > 1:
+        raise ValueError(f"norms and mixes are {vectors}, time_decay and time_first {times}: the kernel reads one of each")
+    return model.head.data.dtype, vectors.pop(), times.pop()

@@ -1,0 +1,63 @@
+"""What `generate` of transformers has to know about a recurrent state."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.static_cache import RwkvStaticCache
+from modeling_rwkv.stopping import StopStringMixin
+
+
+class RwkvGenerationMixin(StopStringMixin):
+    """`generate`, which continues from an :class:`RwkvCache`.
+
+    ``cache_implementation="static"`` lets the state be written over, see :class:`RwkvStaticCache`.
+    """
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        is_static = generation_config.cache_implementation == "static" and generation_config.use_cache is not False
+        if is_static and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RwkvStaticCache()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if outputs.get("past_key_values") is not None:  # what comes next is one token a row, and no padding
+            model_kwargs = {
+                name: x for name, x in model_kwargs.items() if name not in ("attention_mask", "position_ids")
+            }
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RwkvCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Continuing from a cache, `generate` takes the whole text so far or only what is new, whichever is given.
+
+        Without a mask over more than the given ids, by which transformers knows that they are new (and then gives no
+        ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
+        read.
+        """
+        if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):
+            next_sequence_length = past_key_values.unread(input_ids, attention_mask, inputs_embeds)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )

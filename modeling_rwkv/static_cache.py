@@ -1,0 +1,122 @@
+"""A state that is written over, token by token, and the CUDA graph of a model that does so.
+
+`generate(..., cache_implementation="static")` uses them.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from modeling_rwkv.cache import LayerState, RwkvCache
+from rwkv_kernels.decode_cuda import Decoder, Stack
+
+logger = logging.get_logger(__name__)
+
+WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate in the first
+
+
+class StackedLayers(list[LayerState]):
+    """States of all blocks, as views of one tensor for each part."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(map(LayerState, *map(Tensor.unbind, stack)))
+        self.stack = stack
+
+    @classmethod
+    def of(cls, layers: list[LayerState]) -> "StackedLayers":
+        """``layers``, copied if they are not stacked."""
+        return layers if isinstance(layers, cls) else cls(Stack.of(layers))
+
+    def empty_like(self) -> "StackedLayers":
+        return StackedLayers(self.stack.empty_like())
+
+
+class RwkvStaticCache(RwkvCache):
+    """An :class:`RwkvCache` whose tensors are used again: what ``layers`` held is gone after the next tokens.
+
+    On a GPU one more token of a batch of any size then costs no allocation and next to no work of the CPU. A
+    :meth:`clone` keeps a state. While it is in use, weights may be edited in place but not replaced or moved.
+
+    plan: how its model, held weakly, computes its next token; see decoding.py.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: tuple[weakref.ref[Any], Any] | None = None
+        self._pair: tuple[StackedLayers, StackedLayers] | None = None
+
+    def other_than(self, layers: StackedLayers) -> StackedLayers:
+        """Room for the states after those in ``layers``: two take turns."""
+        if self._pair is None or not any(layers is one for one in self._pair):
+            self._pair = layers, layers.empty_like()
+        return self._pair[layers is self._pair[0]]
+
+
+class Replay:
+    """One token of a model, for a batch of B rows on one stream, as a CUDA graph. One cache at a time lives in it."""
+
+    def __init__(self, model: Any, decoder: Decoder | None, layers: list[LayerState]) -> None:
+        """decoder: of the model, if there is one; layers: states, whose shapes and dtypes are those to come."""
+        device = layers[0].wkv.device
+        self._decoder = decoder
+        self._lock = threading.Lock()
+        self._owner: weakref.ref[RwkvCache] = weakref.ref(RwkvCache())
+        self._ids = torch.zeros((len(layers[0].wkv), 1), dtype=torch.int64, device=device)
+        self._layers = StackedLayers(Stack.of(layers))
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._read(model)
+        current.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._logits = self._read(model)
+
+    @classmethod
+    def of(cls, model: Any, decoder: Decoder | None, layers: list[LayerState]) -> "Replay | None":
+        """None, and a warning, where something in the model cannot be captured."""
+        devices = {x.device for x in model.parameters()}
+        if len(devices) > 1 or model.training or torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(layers[0].wkv.device):
+                return cls(model, decoder, layers)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed module by module.")
+            return None
+
+    def step(self, input_ids: Tensor, cache: RwkvCache) -> tuple[Tensor, list[LayerState]]:
+        """Logits (B, V) after one more token (B, 1) of ``cache``, and its states after it."""
+        with self._lock:
+            if cache.layers is not self._layers:
+                owner = self._owner()
+                if owner is not None and owner.layers is self._layers:
+                    owner.layers = [LayerState(*map(torch.clone, layer)) for layer in self._layers]
+                _copy(self._layers, cache.layers)
+                self._owner = weakref.ref(cache)
+            self._ids.copy_(input_ids)
+            self._graph.replay()
+            return self._logits.clone(), self._layers
+
+    def _read(self, model: Any) -> Tensor:
+        if self._decoder is not None:
+            x, stack = model.rwkv.embeddings(self._ids)[:, 0], self._layers.stack
+            logits = self._decoder.step(x, stack, stack)
+            if logits is not None:
+                return logits
+        cache = RwkvCache()
+        cache.layers, cache.seen_tokens = list(self._layers), 1
+        outputs = model.rwkv(self._ids, past_key_values=cache, use_cache=True, return_dict=True)
+        logits = model.head(outputs.last_hidden_state[:, -1])
+        _copy(self._layers, cache.layers)
+        return logits
+
+
+def _copy(to: list[LayerState], layers: list[LayerState]) -> None:
+    torch._foreach_copy_([x for layer in to for x in layer], [x for layer in layers for x in layer])
