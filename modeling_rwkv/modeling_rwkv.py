@@ -26,6 +26,7 @@ from modeling_rwkv.initial_state import RwkvInitialState, read_initial_state
 from modeling_rwkv.initialization import init_channel_mix, init_linear, init_time_mix, linear
 from modeling_rwkv.loss import chunked_loss
 from modeling_rwkv.packing import IGNORED, Layout, arrange
+from modeling_rwkv.prefill import last_piece
 from rwkv_kernels.mixing import gate, shift_and_mix, squared_relu
 from rwkv_kernels.wkv4 import wkv4
 
@@ -294,9 +295,11 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
     """RWKV with a language modelling head.
 
     native_decoding: compute the next token natively where that can be, see decoding.py; False: module by module.
+    prefill_tokens: how many tokens of a prompt, of all rows together, are read at once, see prefill.py; None: all.
     """
 
     native_decoding = True
+    prefill_tokens: int | None = 4096
     _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}
 
     def __init__(self, config: RwkvConfig) -> None:
@@ -364,9 +367,9 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
         }
         others = inputs_embeds, labels, chunk_length, skip_logits or None, kwargs.get("state")
         if all(x is None for x in others):
-            given = input_ids, attention_mask, past_key_values, use_cache, output_hidden_states, logits_to_keep
-            if (outputs := next_token(self, *given)) is not None:
-                return outputs
+            asked = input_ids, attention_mask, past_key_values, use_cache, output_hidden_states, logits_to_keep
+            if (token := next_token(self, *asked)) is not None:
+                return token
         kwargs["vocab_size"] = self.config.vocab_size
         if labels is not None:
             tokens = _given(input_ids, inputs_embeds)
@@ -380,7 +383,8 @@ class RwkvForCausalLM(RwkvGenerationMixin, RwkvPreTrainedModel):
             tokens, skip_logits = layout.pack(tokens).flatten(0, 1), True
             if len(tokens) > 0:
                 return CausalLMOutputWithPast(self._chunked(layout, tokens, chunk_length, carry_gradients, **kwargs))
-        outputs = self.rwkv(input_ids, inputs_embeds=inputs_embeds, **inputs, **options, return_dict=True, **kwargs)
+        given = {"inputs_embeds": inputs_embeds} | inputs | options | kwargs
+        outputs = last_piece(self, input_ids, given, keep=logits_to_keep if labels is None else 0)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss, logits = self._scored(outputs.last_hidden_state[:, kept], labels, skip_logits, **kwargs)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
