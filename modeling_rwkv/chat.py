@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from modeling_rwkv.cache import RwkvCache, saved_notes
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 from modeling_rwkv.generation import encode
+from modeling_rwkv.prefill import read
 from modeling_rwkv.streaming import TextPieces
 
 VERSION = 1  # of what `Conversation.save` writes beside the state
 _NOTE = "conversation"
-PART = 4096  # tokens of a message that are read at once: a long one needs the memory of a part
 Message = dict[str, str]  # role and content
 Write = Callable[[str], object]
 
@@ -67,6 +67,7 @@ class Conversation:
         system: the system message, read with the first message of the user.
         template: how messages are written, and before what an answer ends: one of chat_templates.py. By default the
             tokenizer's chat template and the stop strings of the model's generation config, or else "world".
+        progress: show on stderr how much of a message is read that is longer than the model's ``prefill_tokens``.
 
     Raises:
         ValueError: there is no such template, or it refuses such messages, or changes what was said before when more
@@ -79,8 +80,9 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         system: str | None = None,
         template: str | None = None,
+        progress: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._progress = model, tokenizer, progress
         if template is None and not tokenizer.chat_template:
             template = "world"
         if template is not None and template not in CHAT_TEMPLATES:
@@ -118,9 +120,7 @@ class Conversation:
             self.model, self.tokenizer, new, add_special_tokens=False, split_special_tokens=self._template is not None
         )
         state = self.place.state.clone()
-        if ids.shape[1] > 1:
-            for part in ids[:, :-1].split(PART, dim=1):
-                self.model.base_model(part, past_key_values=state, use_cache=True)
+        read(self.model, ids[:, :-1], state, progress=self._progress)
         return self._answer(Turn((self.messages, self.place), messages, prompt, ids, state), write, options)
 
     def retry(self, write: Write = lambda piece: None, **options: Any) -> str:

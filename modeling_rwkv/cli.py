@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from modeling_rwkv import cli_chat, cli_eval, cli_training
-from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, write
+from modeling_rwkv.cli_base import CommandError, Commands, Debug, Json, count, shows_progress, write
 from modeling_rwkv.cli_options import Device, Dtype, MaxNewTokens, Seed, State, Temperature, TopK, TopP
 
 app = typer.Typer(
@@ -135,7 +135,7 @@ def generate(
             if state is not None:
                 generation.begin_with(loaded, state)
             show = (lambda text: None) if as_json else write
-            result = generation.generate(loaded, tokenizer, prompt, max_new_tokens, sampling, show)
+            result = generation.generate(loaded, tokenizer, prompt, max_new_tokens, sampling, show, shows_progress())
     except generation.GenerateError as error:
         raise CommandError(str(error)) from error
     except KeyboardInterrupt:
@@ -209,7 +209,7 @@ def convert(
             context_length=context_length,
             dtype=dtype,
             max_shard_size=max_shard_size,
-            progress=sys.stderr.isatty(),
+            progress=shows_progress(),
         )
     except checkpoints.CheckpointError as error:
         raise CommandError(str(error)) from error

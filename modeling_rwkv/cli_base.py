@@ -108,6 +108,11 @@ def write(text: str) -> None:
         ) from error
 
 
+def shows_progress() -> bool:
+    """Whether somebody watches standard error."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def optional(module: str, extra: str) -> Any:
     """A module whose packages only come with ``pip install modeling-rwkv[extra]``."""
     try:

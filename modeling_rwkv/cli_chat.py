@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling_rwkv.cli_base import CommandError, Debug, explain, write
+from modeling_rwkv.cli_base import CommandError, Debug, explain, shows_progress, write
 from modeling_rwkv.cli_options import Device, Dtype, MaxNewTokens, Seed, State, Temperature, TopK, TopP
 
 app = typer.Typer()
@@ -56,9 +56,8 @@ def chat(
             loaded, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
             if state is not None:
                 generation.begin_with(loaded, state)
-            talk = Talk(
-                Conversation(loaded, tokenizer, system, template), sampling.arguments(), max_new_tokens=max_new_tokens
-            )
+            conversation = Conversation(loaded, tokenizer, system, template, shows_progress())
+            talk = Talk(conversation, sampling.arguments(), max_new_tokens=max_new_tokens)
             if model is None:
                 _say("The model in the box writes stories and has learned no chat: give a model that has.")
             sampling.plant()

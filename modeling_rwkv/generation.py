@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from modeling_rwkv import demo_model_path
+from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.prefill import length_before_last_piece, read
 from modeling_rwkv.remarks import no_remarks
 from modeling_rwkv.streaming import TextPieces
 from rwkv_kernels.build_cache import KernelWarning
@@ -288,16 +290,24 @@ def encode(model: Any, tokenizer: Any, text: str, **options: Any) -> Tensor:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampling: Sampling, write: Callable[[str], object]
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    write: Callable[[str], object],
+    progress: bool = False,
 ) -> Generated:
     """Write ``prompt`` and then, as they come, the pieces of its continuation.
+
+    ``progress``: show on stderr how much of a prompt is read that is longer than the model's ``prefill_tokens``.
 
     Raises:
         GenerateError: the prompt is no Unicode, or has no tokens, or tokens that the model does not know.
     """
     ids = encode(model, tokenizer, prompt)
     seed = sampling.plant()
-    write(prompt)
+    past = RwkvCache()
     pieces: list[str] = []
 
     def write_piece(piece: str) -> None:
@@ -306,9 +316,12 @@ def generate(
 
     start = time.perf_counter()
     with explained(model.device, getattr(model, "is_quantized", False)), few_threads(model):
+        read(model, ids[:, : length_before_last_piece(model, ids)], past, progress=progress)
+        write(prompt)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            past_key_values=past,
             max_new_tokens=max_new_tokens,
             streamer=TextPieces(tokenizer, write_piece),
             **sampling.arguments(),

@@ -5,7 +5,7 @@ import torch
 from models import agree, contents
 from talks import CHATML, TEMPLATES, Talk, check_state, same_snapshot, small_vocabulary, snapshot  # noqa: F401
 
-from modeling_rwkv import RwkvTokenizer, chat
+from modeling_rwkv import RwkvTokenizer
 from modeling_rwkv.chat import Conversation
 from modeling_rwkv.chat_templates import CHAT_TEMPLATES
 
@@ -101,10 +101,10 @@ def test_a_turn_costs_its_own_tokens(vocab, name):
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 13, 14])
-def test_a_long_message_is_read_in_parts(vocab, monkeypatch, part):
+def test_a_long_message_is_read_in_parts(vocab, part):
     """In the memory of one, and to the same state."""
-    monkeypatch.setattr(chat, "PART", part)
     talk, lengths = Talk(vocab), []
+    talk.model.prefill_tokens = part
     talk.model.base_model.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for message in ("x", "the fox and the hen " * 3):
         lengths.clear()
