@@ -3,9 +3,11 @@
     python benchmarks/generate.py                                  # the 169M shape, a prompt of 16, 64 new tokens
     python benchmarks/generate.py --json generate.json --plot generate.png
     python benchmarks/generate.py --shape 430m --prompts 16 1024 --tokens 64 512 --batches 1 8 32 --memory
+    python benchmarks/generate.py --prompts 100000 --tokens 3 --repeats 1 --sides ours "ours, at once" --memory
     python benchmarks/generate.py --shape tiny --tokens 4 8 --repeats 2                             # to see it work
 
-Sides (`sides.py`): ours; ours with ``native_decoding`` off, module by module; the model built into transformers; the
+Sides (`sides.py`): ours; ours with ``native_decoding`` off, module by module; if asked for, ours with prompts read at
+once, however long, which is ``prefill_tokens = None``; the model built into transformers; the
 official `rwkv` package; GPT-NeoX with its KV cache. The likeliest token each time, by transformers' own `generate`, or
 by a loop where there is none. The RWKV-4 sides hold the same random weights, and in float32 must begin with the same
 eight tokens; if not, no speed is printed and the exit code is 1. Built-in and official write one row: of batches, the
@@ -33,12 +35,15 @@ from sides import SHAPES, SIDES
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_rwkv import RwkvForCausalLM
 from rwkv_kernels.loader import cpu_library
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS, MODULES, READING = "ours", "ours, by modules", "reading weights"
-WRITERS = (OURS, MODULES, "built-in", "official", "GPT-NeoX")
-SAME = (OURS, MODULES, "built-in", "official")  # the same function of the same weights
+OURS, MODULES, AT_ONCE, READING = "ours", "ours, by modules", "ours, at once", "reading weights"
+PIECE = RwkvForCausalLM.prefill_tokens
+WAYS = {OURS: (True, PIECE), MODULES: (False, PIECE), AT_ONCE: (True, None)}  # native_decoding, prefill_tokens
+WRITERS = (*WAYS, "built-in", "official", "GPT-NeoX")
+SAME = (*WAYS, "built-in", "official")  # the same function of the same weights
 ONE_ROW = ("built-in", "official")
 WINDOWS = 16  # of positions, in the plot
 
@@ -80,8 +85,8 @@ def write(name: str, model: Any, ids: Tensor, tokens: int) -> Clock:
             if len(clock.times) <= tokens:
                 logits, state = model.forward([int(clock.ids[-1])], state)
         return clock
-    if name in (OURS, MODULES):
-        model.native_decoding = name == OURS
+    if name in WAYS:
+        model.native_decoding, model.prefill_tokens = WAYS[name]
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -118,8 +123,10 @@ def weight_bytes(model: Any) -> int:
 def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
     """All work of one dtype, into ``report``."""
     progress(f"loading {dtype}")
-    loaded = {name: load(name, args.shape, args.seed, dtype) for name in args.sides if name != MODULES}
-    loaded |= {MODULES: loaded[OURS]} if MODULES in args.sides else {}
+    loaded = {
+        name: load(name, args.shape, args.seed, dtype) for name in args.sides if name == OURS or name not in WAYS
+    }
+    loaded |= dict.fromkeys(set(args.sides) & set(WAYS), loaded[OURS])
     size = weight_bytes(loaded[OURS])
     weights = torch.ones(size // 4, dtype=torch.int32)
     report["weight_bytes"][dtype] = size
@@ -175,7 +182,7 @@ def summary(work: Work, clocks: dict[str, list[list[float]]], reading: list[floa
 
 
 def peak_of(work: Work, name: str, args: argparse.Namespace) -> int:
-    model = load(OURS if name == MODULES else name, args.shape, args.seed, work.dtype)
+    model = load(OURS if name in WAYS else name, args.shape, args.seed, work.dtype)
     write(name, model, prompt(work, args)[:, :8], 4)
     return peak_memory(lambda: write(name, model, prompt(work, args), work.tokens))
 
@@ -258,7 +265,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[16], help="tokens to read first")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="to write, three or more")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--sides", choices=WRITERS, nargs="+", default=list(WRITERS))
+    parser.add_argument("--sides", choices=WRITERS, nargs="+", default=[name for name in WRITERS if name != AT_ONCE])
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
     parser.add_argument("--reads", type=int, default=10, help="of the weights, in each repeat")
     parser.add_argument("--memory", action="store_true", help="also measure peaks, each in a process of its own")

@@ -38,7 +38,7 @@ def test_every_side_is_timed_in_every_work(run, program, tmp_path):
     assert code == 0 and not report["disagree"]
     assert len(report["work"]) == 2 * 2 * 2
     for label, work in report["work"].items():
-        alone = program.ONE_ROW if work["batch"] > 1 else ()
+        alone = {program.AT_ONCE, *(program.ONE_ROW if work["batch"] > 1 else ())}
         assert list(work["sides"]) == [name for name in program.WRITERS if name not in alone]
         assert len(work["reading_seconds"]) == 3 * 2
         assert label in out
@@ -89,14 +89,16 @@ def test_official_writes_what_generate_writes(program):
     assert tokens[0] == tokens[1] and len(tokens[0]) == 12
 
 
-def test_native_decoding_is_what_tells_ours_from_ours_by_modules(program):
+def test_settings_of_the_model_are_what_tells_ours_from_ours(program):
     model = program.load("ours", "tiny", 0, "float32")
     found = []
     generate = model.generate
-    model.generate = lambda *args, **kwargs: found.append(model.native_decoding) or generate(*args, **kwargs)
-    for name in (program.OURS, program.MODULES):
+    model.generate = lambda *args, **kwargs: (
+        found.append((model.native_decoding, model.prefill_tokens)) or generate(*args, **kwargs)
+    )
+    for name in (program.OURS, program.MODULES, program.AT_ONCE, program.OURS):
         program.write(name, model, torch.tensor([[3]]), 3)
-    assert found == [True, False]
+    assert found == [(True, 4096), (False, 4096), (True, None), (True, 4096)]
 
 
 @pytest.mark.parametrize("options", [("--sides", "official"), ("--tokens", "2"), ("--batches", "0")])
