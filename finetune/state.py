@@ -103,7 +103,7 @@ def save(trainer: RwkvTrainer, folder: Path) -> None:
     """Write the state, and the tokenizer that it was trained with."""
     if trainer.args.should_save:
         folder.mkdir(parents=True)
-        trainer.model.base_model.initial_state.cache().save(folder / FILE)
+        trainer.model.base_model.initial_state.cache().save(folder / FILE, trainer.model)
         trainer.processing_class.save_pretrained(folder)
 
 

@@ -29,10 +29,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def save_model(folder: Path, **sizes: int) -> Path:
+def save_model(folder: Path, seed: int = 0, **sizes: int) -> Path:
     """Two layers, 20 channels unless ``sizes`` say otherwise."""
     shape = {"vocab_size": 300, "hidden_size": 20, "num_hidden_layers": 2} | sizes
-    make(shape, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    make(shape, seed=seed, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
     train_tokenizer([WORDS] * 3, 300).save_pretrained(folder)
     return folder
 

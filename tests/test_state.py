@@ -121,6 +121,19 @@ def test_everything_that_generates_accepts_it(base, tuned, monkeypatch):
     assert result.exit_code == 0 and result.stdout.strip() == expected.strip()
 
 
+def test_it_is_refused_by_another_model_of_these_sizes(base, data, tuned, tmp_path, capsys):
+    other = save_model(tmp_path / "other", seed=1, attention_hidden_size=24)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    for take in (model.set_initial_state, lambda file: RwkvCache.load(file, model=model)):
+        with pytest.raises(ValueError, match="comes from another model"):
+            take(tuned)
+    words = ["generate", "the cat", "--model", str(other), "--state", str(tuned)]
+    assert "comes from another model" in CliRunner().invoke(cli.app, words).stderr
+    with pytest.raises(SystemExit):
+        run(other, data, tmp_path / "run", f"--state={tuned}")
+    assert "comes from another model" in capsys.readouterr().err
+
+
 def test_training_goes_on_from_a_file(base, data, tuned, tmp_path):
     model = state.build(state.StateArguments(str(base), str(tuned)), _arguments(tmp_path))
     other = AutoModelForCausalLM.from_pretrained(base)
