@@ -108,7 +108,8 @@ class Conversation:
 
         Args:
             write: is given the pieces of the answer as they come.
-            options: of `generate`, among them ``max_new_tokens``; one text is written, without beams.
+            options: of `generate`, among them ``max_new_tokens``; one text is written, without beams. Its
+                ``stopping_criteria`` are asked beside ours, about the last token of the prompt and the answer's.
 
         Raises:
             ValueError: the template refuses the message, or changes what was said before; nothing has changed.
@@ -180,13 +181,13 @@ class Conversation:
     def _answer(self, turn: Turn, write: Write, options: dict[str, Any]) -> str:
         answer = Answer(turn, self.tokenizer, self._stops, write)
         alone = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "stop_strings": None}
+        alone["stopping_criteria"] = StoppingCriteriaList([answer, *(options.get("stopping_criteria") or ())])
         try:
             self.model.generate(
                 turn.ids[:, -1:],
                 # Longer than the ids, it says that they are new, whatever the state has read.
                 attention_mask=torch.ones(1, 2, dtype=torch.long, device=turn.ids.device),
                 past_key_values=answer.state,
-                stopping_criteria=StoppingCriteriaList([answer]),
                 **options | alone,
             )
             answer.end()

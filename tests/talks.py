@@ -62,13 +62,13 @@ class Talk:
                 found += self.tokenizer.encode_bytes(data)
         return found
 
-    def say(self, message, answer, write=str):
+    def say(self, message, answer, write=str, **options):
         """Returns what is answered; ``kept`` become the tokens that the state has read, ``counts`` grow by one."""
-        return self._spoken(self.conversation.say, answer, message, write=write)
+        return self._spoken(self.conversation.say, answer, message, write=write, **options)
 
-    def retry(self, answer, write=str):
+    def retry(self, answer, write=str, **options):
         """From before the last answer: the tokens of the prompt are known, and the last is read again."""
-        return self._spoken(self.conversation.retry, answer, write=write)
+        return self._spoken(self.conversation.retry, answer, write=write, **options)
 
     def _spoken(self, method, answer, *args, **options):
         ids, self.read = self.ids(answer), []

@@ -78,6 +78,23 @@ def test_an_answer_ends_where_the_model_ends_it(vocab):
     assert talk.counts[0] == len(talk.conversation._turns[0].ids[0]) + len(talk.ids([" the end\n\n"])) - 1
 
 
+def test_an_answer_ends_where_a_criterion_says(vocab):
+    """Which sees the answer from the last token of the prompt on; stop strings end it all the same."""
+    seen = []
+
+    def criterion(ids, scores, **options):
+        seen.append(ids[0].tolist())
+        return torch.tensor([len(seen) == 3])
+
+    talk = Talk(vocab)
+    assert talk.say("the fox?", [" ", "e", "n", "d"], stopping_criteria=[criterion]) == "en"
+    assert [ids[1:] for ids in seen] == [talk.ids([" "]), talk.ids([" ", "e"]), talk.ids([" ", "e", "n"])]
+    talk.keep()
+    check_state(talk)
+    seen.clear()
+    assert talk.retry(["e", "\n\n", "x"], stopping_criteria=[criterion]) == "e"
+
+
 COSTS = {  # what stands around a message, and an answer that ends by several tokens
     "world": ("\n\nUser: the fox?\n\nAssistant:", [" the end of 狐狸", "\n", "\n"]),
     "instruct": ("\n\n# Instruction:\nthe fox?\n\n# Response:\n", ["the end of 狐狸\n\n# Instruction:"]),
