@@ -130,10 +130,7 @@ def generate(
     sampling = generation.Sampling(temperature, top_p, top_k, seed)
     try:
         with generation.quiet(debug):
-            place = generation.find_device(device)
-            loaded, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
-            if state is not None:
-                generation.begin_with(loaded, state)
+            loaded, tokenizer = generation.load_as_asked(model, state, device, dtype)
             show = (lambda text: None) if as_json else write
             result = generation.generate(loaded, tokenizer, prompt, max_new_tokens, sampling, show, shows_progress())
     except generation.GenerateError as error:

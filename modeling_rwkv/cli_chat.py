@@ -52,10 +52,7 @@ def chat(
     sampling = generation.Sampling(temperature, top_p, top_k, seed)
     try:
         with generation.quiet(debug):
-            place = generation.find_device(device)
-            loaded, tokenizer = generation.load(model, place, generation.find_dtype(dtype, place))
-            if state is not None:
-                generation.begin_with(loaded, state)
+            loaded, tokenizer = generation.load_as_asked(model, state, device, dtype)
             conversation = Conversation(loaded, tokenizer, system, template, shows_progress())
             talk = Talk(conversation, sampling.arguments(), max_new_tokens=max_new_tokens)
             if model is None:

@@ -88,6 +88,19 @@ class Generated:
         return asdict(self) | {"text": self.prompt + self.continuation} | speed
 
 
+def load_as_asked(name: str | None, state: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """The model, which begins with the state in a file if one is named, and its tokenizer, as options ask for them.
+
+    Raises:
+        GenerateError: one of the options cannot be had.
+    """
+    place = find_device(device)
+    model, tokenizer = load(name, place, find_dtype(dtype, place))
+    if state is not None:
+        begin_with(model, state)
+    return model, tokenizer
+
+
 def find_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is CUDA where there is one.
 
