@@ -41,7 +41,9 @@ def copied_model(folder, tmp_path):
 
 
 def rwkv(*arguments, stdin=None):
-    return CliRunner().invoke(cli.app, list(map(str, arguments)), input=stdin, prog_name="rwkv")
+    """The command in this process; an error that it has no sentence for comes out as it is."""
+    options = {"input": stdin, "catch_exceptions": False, "prog_name": "rwkv"}
+    return CliRunner().invoke(cli.app, list(map(str, arguments)), **options)
 
 
 def write_on(folder, *arguments, prompt="Once", stdin=None, tokens=20):

@@ -205,7 +205,8 @@ def test_a_model_too_large(folder, monkeypatch, error):
 
 def test_our_own_mistakes_are_not_hidden(folder, monkeypatch):
     monkeypatch.setattr(modeling_rwkv.RwkvForCausalLM, "generate", raiser(RuntimeError("a bug")))
-    assert isinstance(rwkv("generate", "Once", "--model", folder).exception, RuntimeError)
+    with pytest.raises(RuntimeError, match="a bug"):
+        rwkv("generate", "Once", "--model", folder)
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -231,7 +231,7 @@ def test_what_a_library_cannot_multiply_is_told_in_a_sentence(saved, monkeypatch
 def test_libraries_make_no_remarks_on_the_standard_error_of_commands():
     words = [sys.executable, "-m", "modeling_rwkv.cli", "generate", "Once", "--device", "nowhere"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 2, done
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
 
