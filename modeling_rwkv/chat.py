@@ -181,6 +181,7 @@ class Conversation:
     def _answer(self, turn: Turn, write: Write, options: dict[str, Any]) -> str:
         answer = Answer(turn, self.tokenizer, self._stops, write)
         alone = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "stop_strings": None}
+        alone["cache_implementation"] = None  # the cache is given
         alone["stopping_criteria"] = StoppingCriteriaList([answer, *(options.get("stopping_criteria") or ())])
         try:
             self.model.generate(

@@ -335,6 +335,7 @@ def generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=past,
+            cache_implementation=None,
             max_new_tokens=max_new_tokens,
             streamer=TextPieces(tokenizer, write_piece),
             **sampling.arguments(),

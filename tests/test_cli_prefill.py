@@ -1,5 +1,6 @@
 """Long prompts on the command line: in pieces, with a bar where somebody watches."""
 
+import json
 import os
 import select
 import signal
@@ -8,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import program, random_model, rwkv, write_on  # noqa: F401 - fixture
+from commands import copied_model, program, random_model, rwkv, write_on  # noqa: F401 - fixtures
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,6 +54,16 @@ def test_a_long_prompt_goes_on_as_with_generate(folder, monkeypatch):
         assert write_on(folder, "--temperature", 0, prompt=prompt).stdout == tokenizer.decode(output[0]) + "\n"
         read = [length for length in lengths if length > 1]
         assert sum(read) == len(prompt) and max(read) <= PIECE
+
+
+def test_a_model_that_asks_for_a_static_cache_goes_on_too(copy):
+    expected = [write_on(copy, "--temperature", 0, prompt=prompt).stdout for prompt in ("Once", LONG)]
+    talk = ("chat", copy, "--temperature", 0, "--max-new-tokens", 5)
+    expected.append(rwkv(*talk, stdin=b"x\n").stdout)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"cache_implementation": "static"}))
+    found = [write_on(copy, "--temperature", 0, prompt=prompt).stdout for prompt in ("Once", LONG)]
+    assert [*found, rwkv(*talk, stdin=b"x\n").stdout] == expected
 
 
 def test_a_bar_shows_how_much_of_a_long_prompt_is_read(folder, watched):
