@@ -4,17 +4,16 @@
 // Symbols: B rows of the batch, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
 //
 // Each weight is read once, as it lies in memory, and meets all rows; that is what a token costs. All blocks run at
-// once, one a multiprocessor, and wait for each other four times a block of the model. So that memory does not wait
-// meanwhile, each warp first asks for the weights that it will read next. A row of a matrix belongs to one warp. What
-// costs little (layer norms, mixing) each block of threads does for itself. Between weights and what is returned all is
-// float32. A number is the same sum in the same order whatever the number of multiprocessors.
+// once, one a multiprocessor, and wait for each other four times a block of the model. (To ask for weights meanwhile, so
+// that memory need not wait, made it slower on an H200: who waits is told later.) A row of a matrix belongs to one warp.
+// What costs little (layer norms, mixing) each block of threads does for itself. Between weights and what is returned all
+// is float32. A number is the same sum in the same order whatever the number of multiprocessors.
 
 #include "decode_cuda.h"
 
 namespace decode {
 
 constexpr int PIECE = 16 / sizeof(Element);  // elements that a thread reads at once
-constexpr int NEARER = 128 / sizeof(Element);  // elements that come nearer at once
 
 struct State {
     Element *time_mix, *channel_mix;  // (layers, B, C)
@@ -22,11 +21,11 @@ struct State {
 };
 struct Arguments {
     Model model;
-    const Element* x;  // (B, C), the embeddings of the token
+    Table embeddings;
     State before, after;
-    Element* logits;                     // (B, V)
+    Element* logits;                        // (B, V)
     float *stream, *gated, *hidden, *gate;  // (B, C), (B, A), (B, I), (B, C): what blocks tell each other
-    unsigned* met;                       // two counters, zero between launches
+    unsigned* met;                          // two counters, zero between launches
 };
 
 // Element i of a piece of a matrix.
@@ -56,13 +55,6 @@ WKV_INLINE unsigned arrived(const unsigned* met) {
 }
 
 // -- products ---------------------------------------------------------------------------------------------------------
-
-// The row that a warp reads first.
-WKV_INLINE void bring(const Matrix& matrix) {
-    const int row = warp();
-    if (row >= matrix.rows) return;
-    for (int i = NEARER * lane(); i < matrix.columns; i += NEARER * LANES) prefetch(matrix.row(row) + i);
-}
 
 // Where elements i to i + 3 of a vector of `columns` lie in shared memory: each thread reads pieces of it in parts of
 // four, and beside the part of one thread lies that of the next.
@@ -138,22 +130,18 @@ class Worker : Stream {
             if (layer > 0) fetch();
             norm_and_mix(block.ln1, ahead, all.after.time_mix + Int(layer) * ROWS * channels);
             attend(block, layer);
-            meet([&] { bring(block.output); });
+            meet();
             if (!is_last) learn(layer + 1);
             add(block.output, all.gated, attention, nullptr);
             Ahead<2> next;
-            meet([&] {
-                bring(block.feed_forward_key);
-                next = before_feed_forward(layer);
-            });
+            meet([&] { next = before_feed_forward(layer); });
             fetch();
             norm_and_mix(block.ln2, next, all.after.channel_mix + Int(layer) * ROWS * channels);
             feed_forward(block);
-            meet([&] { bring(block.feed_forward_value); });
+            meet();
             add(block.feed_forward_value, all.hidden, intermediate, all.gate);
             meet([&] {
-                if (is_last) bring(all.model.head);
-                else ahead = before_attention(layer + 1);
+                if (!is_last) ahead = before_attention(layer + 1);
             });
         }
         head();
@@ -169,6 +157,10 @@ class Worker : Stream {
         ++meetings;
         while (threadIdx.x == 0 && arrived(all.met) < meetings * gridDim.x) continue;
         __syncthreads();
+    }
+
+    WKV_INLINE void meet() {
+        meet([] {});
     }
 
     // Where weights are, in shared memory: of one block of the model, and the next.
@@ -194,7 +186,6 @@ class Worker : Stream {
     WKV_INLINE Ahead<3> before_attention(int layer) const {
         const Block& block = this->block(layer);
         const Int at = Int(layer) * ROWS * channels;
-        bring(block.key), bring(block.value), bring(block.receptance);
         return look<3>(block.ln1, block.attention_mix, all.before.time_mix + at);
     }
 
@@ -224,7 +215,7 @@ class Worker : Stream {
     // The residual stream begins.
     WKV_INLINE void begin() {
         each([&](int n, int i) {
-            for (int b = 0; b < ROWS; ++b) x[b][n] = Elements::widen(four<Elements::Four>(all.x, b * channels + i));
+            for (int b = 0; b < ROWS; ++b) x[b][n] = all.embeddings.read(b, i, channels);
         });
         norm(all.model.pre_ln);
         if (blockIdx.x > 0) return;

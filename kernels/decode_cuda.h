@@ -112,6 +112,19 @@ WKV_INLINE float warp_sum(float x) {
     return x;
 }
 
+// The embeddings of the token: of each row of the batch, row `ids` of `data`.
+struct Table {
+    const Int* ids;       // (B)
+    const Element* data;  // (rows, C)
+    Int rows;
+
+    WKV_INLINE float4 read(int b, int i, int channels) const {
+        const Int id = ids[b];
+        if (id < 0 || id >= rows) __trap();
+        return Elements::widen(four<Elements::Four>(data + id * channels, i));
+    }
+};
+
 // What a thread needs of a norm and of N mixes, but for the residual stream; read while it waits for that.
 template <int N> struct Ahead {
     Vectors::Four weight[FOURS], bias[FOURS], mix[N > 0 ? N : 1][FOURS];

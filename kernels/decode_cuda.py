@@ -88,42 +88,41 @@ class Decoder:
         rest = map(_argument, (model.pre_ln, model.ln_out, model.head))
         self._model = _Model(len(model.blocks), self._table.data_ptr(), *rest)
         self._rooms: dict[tuple[int, int], _Room] = {}
+        self._kernels: dict[tuple[str, int], loader.Kernel] = {}
         self._kernel(SMALL, 1)
 
-    def step(self, x: Tensor, before: Stack, after: Stack) -> Tensor | None:
+    def step(self, ids: Tensor, embeddings: Tensor, before: Stack, after: Stack) -> Tensor | None:
         """Logits (B, V) of the next token; ``after`` becomes the states after this one. None for what is not taken.
 
-        x: (B, C), the embeddings of the token, in ``dtype``.
+        ids: (B, 1) int64, rows of ``embeddings`` (any number, C), which is of ``dtype``.
         before: as the model keeps them. ``after``: room of the same shapes; of more than ``few`` rows, it may be the
             same.
         """
-        rows = len(x)
-        if x.dtype != self.dtype or x.shape != (rows, self.hidden_size) or rows == 0:
+        rows, ids = len(ids), ids.contiguous()
+        if not self._has_table(ids, embeddings) or not self._fits(before, rows) or not self._fits(after, rows):
             return None
-        if not self._fits(before, rows) or not self._fits(after, rows):
-            return None
+        table = _Table(ids.data_ptr(), embeddings.data_ptr(), len(embeddings))
         with torch.cuda.device(self.device):
             if rows <= self.few:
-                return self._few_rows(x.contiguous(), before, after)
-            return None if self.dtype == torch.float16 else self._many_rows(x.contiguous(), before, after)
+                return self._few_rows(rows, table, before, after)
+            return None if self.dtype == torch.float16 else self._many_rows(rows, table, before, after)
 
-    def _few_rows(self, x: Tensor, before: Stack, after: Stack) -> Tensor:
-        rows = len(x)
-        logits = x.new_empty(rows, self.vocab_size)
+    def _few_rows(self, rows: int, embeddings: "_Table", before: Stack, after: Stack) -> Tensor:
+        logits = torch.empty(rows, self.vocab_size, dtype=self.dtype, device=self.device)
         arguments = _Arguments(
-            self._model, x.data_ptr(), _State(*map(Tensor.data_ptr, before)), _State(*map(Tensor.data_ptr, after)),
+            self._model, embeddings, _State(*map(Tensor.data_ptr, before)), _State(*map(Tensor.data_ptr, after)),
             logits.data_ptr(), *map(Tensor.data_ptr, self._room(rows)),
         )  # fmt: skip
         kernel, shared_bytes = self._kernel(SMALL, rows), self._shared_bytes(rows)
         loader.launch(kernel, (self.processors, 1), THREADS, arguments, shared_bytes, together=True)
         return logits
 
-    def _many_rows(self, x: Tensor, before: Stack, after: Stack) -> Tensor:
-        kind = {"dtype": self.dtype, "device": self.device}
-        rows, stream = len(x), torch.empty(x.shape, dtype=torch.float32, device=self.device)
-        mixed, normed = torch.empty(3, *x.shape, **kind), torch.empty(x.shape, **kind)
+    def _many_rows(self, rows: int, embeddings: "_Table", before: Stack, after: Stack) -> Tensor:
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        mixed = torch.empty(3, rows, self.hidden_size, **kind)
+        normed, stream = torch.empty_like(mixed[0]), torch.empty_like(mixed[0], dtype=torch.float32)
         gated = torch.empty(rows, self.attention_size, **kind)
-        growth: dict[str, Any] = {"x": x, "pre_ln": _argument(self.model.pre_ln)}
+        growth: dict[str, Any] = {"embeddings": embeddings, "pre_ln": _argument(self.model.pre_ln)}
         for layer, block in enumerate(self.model.blocks):
             self._enter(
                 "enter_attention", rows, block.ln1, block.attention_mix, stream=stream, out=mixed,
@@ -156,6 +155,12 @@ class Decoder:
     def _launch(self, name: str, blocks: tuple[int, int], arguments: ctypes.Structure) -> None:
         loader.launch(self._kernel(name, 1), blocks, THREADS, arguments)
 
+    def _has_table(self, ids: Tensor, embeddings: Tensor) -> bool:
+        right_kinds = ids.dtype == torch.int64 and embeddings.dtype == self.dtype
+        right_shapes = ids.shape == (len(ids), 1) and embeddings.ndim == 2 and embeddings.shape[1] == self.hidden_size
+        right_places = ids.device == embeddings.device == self.device and embeddings.data_ptr() % PIECE == 0
+        return right_kinds and right_shapes and right_places and embeddings.is_contiguous()
+
     def _fits(self, states: Stack, rows: int) -> bool:
         blocks = len(self.model.blocks)
         shapes = [(blocks, rows, self.hidden_size)] * 2 + [(blocks, rows, 3, self.attention_size)]
@@ -179,8 +184,11 @@ class Decoder:
         return 2 * ctypes.sizeof(_Block) + 4 * rows * (2 * WARPS + widest)
 
     def _kernel(self, name: str, rows: int) -> loader.Kernel:
-        macros = defines(self._kinds, rows, self.hidden_size)
-        return _kernel(name, self.device, macros, self._shared_bytes(rows) if name == SMALL else 0)
+        if (name, rows) not in self._kernels:
+            macros = defines(self._kinds, rows, self.hidden_size)
+            shared_bytes = self._shared_bytes(rows) if name == SMALL else 0
+            self._kernels[name, rows] = _kernel(name, self.device, macros, shared_bytes)
+        return self._kernels[name, rows]
 
 
 def _product(x: Tensor, matrix: Matrix) -> Tensor:
@@ -195,10 +203,14 @@ class _Room(NamedTuple):
     met: Tensor  # (2,)
 
 
+class _Table(ctypes.Structure):
+    _fields_ = fields(Pointer, "ids data") + fields(Integer, "rows")
+
+
 class _Entering(Arguments):
     _fields_ = (
-        [("norm", _Norm), ("mixes", _Numbers * 3), ("pre_ln", _Norm)]
-        + fields(Pointer, "x delta receptance stream before after out")
+        [("norm", _Norm), ("mixes", _Numbers * 3), ("pre_ln", _Norm), ("embeddings", _Table)]
+        + fields(Pointer, "delta receptance stream before after out")
         + fields(Integer, "channels")
     )
 
@@ -221,7 +233,7 @@ class _State(ctypes.Structure):
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        ("model", _Model), ("x", Pointer), ("before", _State), ("after", _State), ("logits", Pointer),
+        ("model", _Model), ("embeddings", _Table), ("before", _State), ("after", _State), ("logits", Pointer),
         *fields(Pointer, "stream gated hidden gate met"),
     ]  # fmt: skip
 

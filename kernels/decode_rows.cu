@@ -12,7 +12,7 @@ struct Entering {
     Norm norm;
     Numbers mixes[3];
     Norm pre_ln;
-    const Element* x;                    // (B, C), the embeddings; null but at the beginning
+    Table embeddings;                    // of no rows but at the beginning
     const Element *delta, *receptance;   // (B, C), by which the residual stream grows, gated unless null
     float* stream;                       // (B, C)
     const Element* before;               // (B, C), the norm at the token before
@@ -41,8 +41,8 @@ template <int N> class Entrance : Stream {
 
     WKV_INLINE void run() {
         const Ahead<N> ahead = look<N>(all.norm, all.mixes, all.before + at);
-        if (all.x) {
-            each([&](int n, int i) { x[0][n] = Elements::widen(four<Elements::Four>(all.x, at + i)); });
+        if (all.embeddings.rows > 0) {
+            each([&](int n, int i) { x[0][n] = all.embeddings.read(blockIdx.x, i, channels); });
             norm(all.pre_ln);
         } else {
             each([&](int n, int i) { x[0][n] = far_four(all.stream + at + i) + growth(at + i); });

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_rwkv.cache import LayerState, RwkvCache
-from modeling_rwkv.static_cache import Replay, RwkvStaticCache, StackedLayers
+from modeling_rwkv.static_cache import Replay, RwkvStaticCache, StackedLayers, table_of
 from rwkv_kernels import decode_cpu, decode_cuda
 from rwkv_kernels.loader import Unavailable
 from rwkv_kernels.wkv4_native import are_at_hand
@@ -147,7 +147,7 @@ class _Plan:
             return None
         before = StackedLayers.of(past.layers)
         after = past.other_than(before) if isinstance(past, RwkvStaticCache) else before.empty_like()
-        logits = decoder.step(model.rwkv.embeddings(input_ids)[:, 0], before.stack, after.stack)
+        logits = decoder.step(*table_of(model, input_ids), before.stack, after.stack)
         return None if logits is None else (logits, after)
 
     def _replay(self, model: Any, past: RwkvStaticCache) -> Replay | None:

@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from modeling_rwkv.cache import LayerState, RwkvCache
@@ -106,8 +106,8 @@ class Replay:
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:
-            x, stack = model.rwkv.embeddings(self._ids)[:, 0], self._layers.stack
-            logits = self._decoder.step(x, stack, stack)
+            stack = self._layers.stack
+            logits = self._decoder.step(*table_of(model, self._ids), stack, stack)
             if logits is not None:
                 return logits
         cache = RwkvCache()
@@ -116,6 +116,16 @@ class Replay:
         logits = model.head(outputs.last_hidden_state[:, -1])
         _copy(self._layers, cache.layers)
         return logits
+
+
+def table_of(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, 1), and a table (any number, C) whose rows they are: the embeddings, or what these make of the ids."""
+    embeddings = model.rwkv.embeddings
+    watched = embeddings._forward_hooks or embeddings._forward_pre_hooks or "forward" in embeddings.__dict__
+    if type(embeddings) is nn.Embedding and embeddings.max_norm is None and not watched:
+        return input_ids, embeddings.weight
+    x = embeddings(input_ids)[:, 0].contiguous()
+    return torch.arange(len(x), device=x.device)[:, None], x
 
 
 def _copy(to: list[LayerState], layers: list[LayerState]) -> None:

@@ -2,9 +2,9 @@
 // about who waits for whom. The functions named ptx_ stand for those of the source that are PTX.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <pthread.h>
@@ -53,7 +53,7 @@ static thread_local Index threadIdx, blockIdx, gridDim;
 static thread_local Room* room;
 static void __syncthreads() { pthread_barrier_wait(&room->everybody); }
 static float4* shared_memory() { return room->memory.data(); }
-static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+static void __trap() { std::abort(); }
 static unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
 static float __shfl_xor_sync(unsigned, float x, int other) {
     pthread_barrier_t* warp = &room->warps[threadIdx.x / Room::LANES];
