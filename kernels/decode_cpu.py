@@ -157,9 +157,7 @@ def _check(model: Model, device: str = "cpu") -> None:
                 _check_tensor(f"scales of {name}", value.scales, (shape[0], 1), (torch.float32,), "cpu")
 
 
-def _check_tensor(
-    name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], device: str
-) -> None:
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], device: str) -> None:
     if type(x) not in (Tensor, nn.Parameter) or x.device.type != device or x.layout != torch.strided or x.is_neg():
         raise ValueError(f"{name} is a {type(x).__name__} on {x.device}: the kernel reads plain tensors on a {device}")
     if x.dtype not in dtypes or x.dtype not in (*DTYPES, torch.int8):

@@ -57,8 +57,8 @@ class Stack(NamedTuple):
 class Decoder:
     """A model whose tokens are computed from its weights where they lie: edits are seen, replacements are not.
 
-    few: up to so many rows of a batch one kernel does it all, `decode_cuda.cu`. For more, matrix products are PyTorch's
-    and `decode_rows.cu` does what is between them; not in float16, where the residual stream would have to be scaled.
+    few: up to so many rows of a batch one kernel does it all, `decode_cuda.cu`. For more, PyTorch multiplies and
+        `decode_rows.cu` does the rest; not in float16, where the residual stream would have to be scaled.
 
     Raises:
         ValueError: a tensor that the kernels do not take; says which and why.
@@ -70,7 +70,11 @@ class Decoder:
         first = model.blocks[0]
         self.model, self.tensors = model, list(tensors_of(model))
         self.dtype, self.device = model.head.data.dtype, model.head.data.device
-        if self.dtype not in DTYPES or first.key.scales is not None or any(x.device != self.device for x in self.tensors):
+        if (
+            self.dtype not in DTYPES
+            or first.key.scales is not None
+            or any(x.device != self.device for x in self.tensors)
+        ):
             raise ValueError("matrices are int8, or not all on one device: the kernel reads floats of its own device")
         self.vocab_size, self.hidden_size = model.head.data.shape
         self.attention_size, self.intermediate_size = len(first.time_decay), len(first.feed_forward_key.data)
@@ -79,7 +83,7 @@ class Decoder:
             raise ValueError(f"matrices have {sizes} columns: the kernel reads {PIECE} bytes at once")
         if any(x.data_ptr() % PIECE for x in self.tensors):
             raise ValueError(f"a tensor begins at an address that is no multiple of {PIECE}")
-        properties = torch.cuda.get_device_properties(self.device)
+        properties: Any = torch.cuda.get_device_properties(self.device)
         self.processors = properties.multi_processor_count
         self.few = min(MOST_ROWS, properties.shared_memory_per_block_optin // self._shared_bytes(1))
         self._kinds = _kinds(model)
@@ -87,7 +91,7 @@ class Decoder:
         self._table = torch.frombuffer(bytearray(blocks), dtype=torch.uint8).to(self.device)
         rest = map(_argument, (model.pre_ln, model.ln_out, model.head))
         self._model = _Model(len(model.blocks), self._table.data_ptr(), *rest)
-        self._rooms: dict[tuple[int, int], _Room] = {}
+        self._rooms: dict[tuple[int, int], list[Tensor]] = {}
         self._kernels: dict[tuple[str, int], loader.Kernel] = {}
         self._kernel(SMALL, 1)
 
@@ -148,8 +152,8 @@ class Decoder:
         return _product(normed, self.model.head)
 
     def _enter(self, name: str, rows: int, norm: Norm, mixes: Sequence[Tensor], **tensors: Any) -> None:
-        several = (_Numbers * 3)(*map(_argument, mixes))
-        arguments = _Entering(norm=_argument(norm), mixes=several, channels=self.hidden_size, **tensors)
+        structures: Any = {"norm": _argument(norm), "mixes": (_Numbers * 3)(*map(_argument, mixes))}
+        arguments = _Entering(channels=self.hidden_size, **structures, **tensors)
         self._launch(name, (rows, 1), arguments)
 
     def _launch(self, name: str, blocks: tuple[int, int], arguments: ctypes.Structure) -> None:
@@ -170,13 +174,13 @@ class Decoder:
             for x, shape, dtype in zip(states, shapes, dtypes, strict=True)
         )
 
-    def _room(self, rows: int) -> "_Room":
-        """Where blocks of threads tell each other what they found: for each stream its own."""
+    def _room(self, rows: int) -> list[Tensor]:
+        """Where blocks of threads tell each other what they found, as in decode_cuda.cu: for each stream its own."""
         key = torch.cuda.current_stream(self.device).cuda_stream, rows
         if key not in self._rooms:
             sizes = self.hidden_size, self.attention_size, self.intermediate_size, self.hidden_size
             parts = [torch.empty(rows, size, device=self.device) for size in sizes]
-            self._rooms[key] = _Room(*parts, torch.zeros(2, dtype=torch.int32, device=self.device))
+            self._rooms[key] = [*parts, torch.zeros(2, dtype=torch.int32, device=self.device)]
         return self._rooms[key]
 
     def _shared_bytes(self, rows: int) -> int:
@@ -195,24 +199,18 @@ def _product(x: Tensor, matrix: Matrix) -> Tensor:
     return torch.nn.functional.linear(x, matrix.data)
 
 
-class _Room(NamedTuple):
-    stream: Tensor  # (B, C)
-    gated: Tensor  # (B, A)
-    hidden: Tensor  # (B, I)
-    gate: Tensor  # (B, C)
-    met: Tensor  # (2,)
-
-
 class _Table(ctypes.Structure):
     _fields_ = fields(Pointer, "ids data") + fields(Integer, "rows")
 
 
 class _Entering(Arguments):
-    _fields_ = (
-        [("norm", _Norm), ("mixes", _Numbers * 3), ("pre_ln", _Norm), ("embeddings", _Table)]
-        + fields(Pointer, "delta receptance stream before after out")
-        + fields(Integer, "channels")
-    )
+    _fields_ = [
+        *fields(_Norm, "norm pre_ln"),
+        ("mixes", _Numbers * 3),
+        ("embeddings", _Table),
+        *fields(Pointer, "delta receptance stream before after out"),
+        *fields(Integer, "channels"),
+    ]
 
 
 class _Attending(Arguments):
@@ -233,9 +231,11 @@ class _State(ctypes.Structure):
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        ("model", _Model), ("embeddings", _Table), ("before", _State), ("after", _State), ("logits", Pointer),
-        *fields(Pointer, "stream gated hidden gate met"),
-    ]  # fmt: skip
+        ("model", _Model),
+        ("embeddings", _Table),
+        *fields(_State, "before after"),
+        *fields(Pointer, "logits stream gated hidden gate met"),
+    ]
 
 
 def defines(kinds: Sequence[torch.dtype], rows: int, hidden_size: int) -> dict[str, str]:
@@ -265,5 +265,7 @@ def _kinds(model: Model) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         vectors |= {x.dtype for norm in (block.ln1, block.ln2) for x in (norm.weight, norm.bias)}
     vectors |= {x.dtype for norm in (model.pre_ln, model.ln_out) for x in (norm.weight, norm.bias)}
     if len(vectors) > 1 or len(times) > 1:
-        raise ValueError(f"norms and mixes are {vectors}, time_decay and time_first {times}: the kernel reads one of each")
+        raise ValueError(
+            f"norms and mixes are {vectors}, time_decay and time_first {times}: the kernel reads one of each"
+        )
     return model.head.data.dtype, vectors.pop(), times.pop()

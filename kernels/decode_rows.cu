@@ -9,9 +9,8 @@ namespace decode {
 
 // What comes before the matrices of a half of a block, or before the head, which mixes nothing.
 struct Entering {
-    Norm norm;
+    Norm norm, pre_ln;
     Numbers mixes[3];
-    Norm pre_ln;
     Table embeddings;                    // of no rows but at the beginning
     const Element *delta, *receptance;   // (B, C), by which the residual stream grows, gated unless null
     float* stream;                       // (B, C)

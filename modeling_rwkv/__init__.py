@@ -11,9 +11,19 @@ from modeling_rwkv.cache import RwkvCache
 from modeling_rwkv.configuration_rwkv import RwkvConfig
 from modeling_rwkv.modeling_rwkv import RwkvForCausalLM, RwkvModel
 from modeling_rwkv.sharing import share
+from modeling_rwkv.static_cache import RwkvStaticCache
 from modeling_rwkv.tokenization_rwkv import RwkvTokenizer
 
-__all__ = ["RwkvCache", "RwkvConfig", "RwkvForCausalLM", "RwkvModel", "RwkvTokenizer", "demo_model_path", "share"]
+__all__ = [
+    "RwkvCache",
+    "RwkvConfig",
+    "RwkvForCausalLM",
+    "RwkvModel",
+    "RwkvStaticCache",
+    "RwkvTokenizer",
+    "demo_model_path",
+    "share",
+]
 
 
 def demo_model_path() -> Path:

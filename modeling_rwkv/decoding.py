@@ -44,7 +44,7 @@ def next_token(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] != 1:
         return None
     rows, past, device = len(input_ids), past_key_values, input_ids.device
-    if type(past) not in (RwkvCache, RwkvStaticCache) or past.batch_size != rows:
+    if past is None or type(past) not in (RwkvCache, RwkvStaticCache) or past.batch_size != rows:
         return None
     use_cache = (model.config.use_cache and not model.training) if use_cache is None else use_cache
     if not use_cache or (model.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
@@ -153,7 +153,8 @@ class _Plan:
     def _replay(self, model: Any, past: RwkvStaticCache) -> Replay | None:
         key = past.batch_size, torch.cuda.current_stream().cuda_stream
         if key not in self.replays:
-            self.replays[key] = Replay.of(model, self.decoder, past.layers)
+            decoder = self.decoder if isinstance(self.decoder, decode_cuda.Decoder) else None
+            self.replays[key] = Replay.of(model, decoder, past.layers)
         return self.replays[key]
 
     def _now(self) -> list[Any]:

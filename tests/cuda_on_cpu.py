@@ -83,7 +83,9 @@ def _lines(defines: dict[str, str]) -> str:
 def build(folder: Path, name: str, text: str) -> ctypes.CDLL:
     source, built = folder / f"{name}.cpp", folder / f"{name}.so"
     for header, ptx in {NUMBERS: PTX, "decode_cuda.h": DECODING_PTX["decode_cuda.h"]}.items():
-        (folder / header).write_text(without_ptx((loader.KERNELS / header).read_text(), ptx))  # found before the real one
+        (folder / header).write_text(
+            without_ptx((loader.KERNELS / header).read_text(), ptx)
+        )  # found before the real one
     source.write_text(text)
     subprocess.run(["g++", *FLAGS, f"-I{HERE}", f"-I{loader.KERNELS}", source, "-o", built], check=True)
     return ctypes.CDLL(str(built))
@@ -123,13 +125,11 @@ def emulated(folder: Path, processors: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decoding_emulated(folder: Path, processors: int) -> Iterator[list[int]]:
-    """Within, models on the CPU are decoded as on a GPU of so many ``processors``; gives the rows of each token."""
-    rows: list[int] = []
+def decoding_emulated(folder: Path, processors: int) -> Iterator[list[str]]:
+    """Within, models on the CPU are decoded as on a GPU of so many ``processors``; gives the kernels that were run."""
+    names: list[str] = []
 
-    def kernel(
-        name: str, device: torch.device, defines: dict[str, str], shared_bytes: int
-    ) -> Callable[..., None]:
+    def kernel(name: str, device: torch.device, defines: dict[str, str], shared_bytes: int) -> Callable[..., None]:
         source = "decode_cuda.cu" if name == decode_cuda.SMALL else "decode_rows.cu"
         return getattr(decoding_library(folder, source, tuple(defines.items())), f"run_{name}")
 
@@ -141,6 +141,7 @@ def decoding_emulated(folder: Path, processors: int) -> Iterator[list[int]]:
         shared_bytes: int = 0,
         together: bool = False,
     ) -> None:
+        names.append(kernel.__name__.removeprefix("run_"))
         kernel(*blocks, threads, ctypes.byref(arguments), shared_bytes, together)
 
     properties = SimpleNamespace(multi_processor_count=processors, shared_memory_per_block_optin=2**17)
@@ -154,4 +155,4 @@ def decoding_emulated(folder: Path, processors: int) -> Iterator[list[int]]:
         patch.setattr(decode_cuda, "_kernel", kernel)
         patch.setattr(loader, "launch", launch)
         patch.setitem(decoding.DECODERS, "cpu", decode_cuda.Decoder)
-        yield rows
+        yield names
