@@ -113,16 +113,16 @@ class Official:
         return torch.stack([self.model.forward(row.tolist(), None, full_output=True)[0] for row in ids])
 
 
-def ours(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
-    return Transformers(_random(RwkvForCausalLM, RwkvConfig, shape, seed).to(dtype))
+def ours(shape: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> Transformers:
+    return Transformers(_random(RwkvForCausalLM, RwkvConfig, shape, seed, device).to(dtype))
 
 
 def without_wkv(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
     return WithoutWkv(ours(shape, seed, dtype).model)
 
 
-def builtin(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
-    return Transformers(_random(BuiltinRwkv, BuiltinConfig, shape, seed).to(dtype))
+def builtin(shape: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> Transformers:
+    return Transformers(_random(BuiltinRwkv, BuiltinConfig, shape, seed, device).to(dtype))
 
 
 def official(shape: str, seed: int, dtype: torch.dtype) -> Official:
@@ -135,7 +135,7 @@ def official(shape: str, seed: int, dtype: torch.dtype) -> Official:
         return Official(Path(folder) / "model.pth", {torch.float32: "cpu fp32", torch.bfloat16: "cpu bf16"}[dtype])
 
 
-def gpt_neox(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
+def gpt_neox(shape: str, seed: int, dtype: torch.dtype, device: str = "cpu") -> Transformers:
     """A Transformer of the same shape, as the Pythia models are: what RWKV has to compete with."""
     layers, channels, vocabulary = SHAPES[shape]
     config = GPTNeoXConfig(
@@ -149,7 +149,8 @@ def gpt_neox(shape: str, seed: int, dtype: torch.dtype) -> Transformers:
         use_cache=False,
     )
     torch.manual_seed(seed)
-    return Transformers(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+    with torch.device(device):
+        return Transformers(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ SIDES = {  # the first is what the others are compared with
 }
 
 
-def _random(model_class: type, config_class: type, shape: str, seed: int) -> nn.Module:
-    """A model whose weights depend on nothing but ``shape`` and ``seed``.
+def _random(model_class: type, config_class: type, shape: str, seed: int, device: str = "cpu") -> nn.Module:
+    """A model whose weights depend on nothing but ``shape``, ``seed`` and ``device``.
 
     ``rescale_every=0``: the built-in model would otherwise halve weights when it is evaluated, and double them when it
     is trained, which is only of use in float16.
@@ -181,8 +182,8 @@ def _random(model_class: type, config_class: type, shape: str, seed: int) -> nn.
     )
     with torch.device("meta"):
         model = model_class(config)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             _fill(name, parameter, generator)

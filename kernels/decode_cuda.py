@@ -36,7 +36,10 @@ PIECE = 16  # bytes that a thread reads at once
 
 
 class Stack(NamedTuple):
-    """The states of all blocks. time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32."""
+    """The states of all blocks.
+
+    time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32.
+    """
 
     time_mix: Tensor
     channel_mix: Tensor
