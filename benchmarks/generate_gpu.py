@@ -5,8 +5,8 @@
     python benchmarks/generate_gpu.py --shape tiny --batches 1 5 --tokens 4 --repeats 1 --device cpu  # to see it work
 
 Ways to write: ours; ours with ``cache_implementation="static"``; ours with ``native_decoding`` off, module by module;
-GPT-NeoX of the same shape with its KV cache; and, one row only, as it gives wrong results for batches, the RWKV-4 built
-into transformers. The likeliest token each time, by `generate`. The time of a token is the difference between writing
+GPT-NeoX of the same shape with its KV cache; and, one row only, as it gives wrong results for batches, the RWKV-4 that
+is built into transformers. The likeliest token each time, by `generate`. The time of a token is the difference between writing
 `--tokens` more and writing a few, divided by their number. Beside it stands, of ours, the time of a step that the CPU
 does not wait for, from many in a row between two events of the device.
 

@@ -48,8 +48,12 @@ class RwkvGenerationMixin(StopStringMixin):
 
         Without a mask over more than the given ids, by which transformers knows that they are new (and then gives no
         ``next_sequence_length``), it assumes the whole text; here the cache knows whether they begin with what it has
-        read.
+        read. After the first tokens it takes the last one of each row, and there is nothing to prepare.
         """
+        is_next = not is_first_iteration and next_sequence_length == 1 and isinstance(past_key_values, RwkvCache)
+        if is_next and attention_mask is None and input_ids.device == self.device:
+            kwargs.pop("labels", None)  # of the prompt
+            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, **kwargs}
         if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):
             next_sequence_length = past_key_values.unread(input_ids, attention_mask, inputs_embeds)
         return super().prepare_inputs_for_generation(

@@ -246,7 +246,7 @@ def test_on_a_gpu_generation_with_a_static_cache_writes_the_same(options, rows):
 
 
 @on_a_gpu
-def test_graphs_are_captured_once_and_caches_take_turns_in_them(monkeypatch):
+def test_on_a_gpu_graphs_are_captured_once_and_caches_take_turns_in_them(monkeypatch):
     captured = []
     graph = torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: captured.append(1) or graph(*args, **kwargs))
@@ -266,7 +266,7 @@ def test_graphs_are_captured_once_and_caches_take_turns_in_them(monkeypatch):
 
 
 @on_a_gpu
-def test_a_change_between_two_texts_is_seen():
+def test_on_a_gpu_a_change_between_two_texts_is_seen():
     model, rows = make(PLAIN).to(HERE), decode_cuda.MOST_ROWS + 1
     ids = text(rows, 9).to(HERE)
     before, _ = read(model, ids, cache=RwkvStaticCache())
@@ -279,7 +279,7 @@ def test_a_change_between_two_texts_is_seen():
 
 
 @on_a_gpu
-def test_adapters_are_replayed_and_hooks_are_heard():
+def test_on_a_gpu_adapters_are_replayed_and_hooks_are_heard():
     peft = pytest.importorskip("peft")
     model, ids = make(PLAIN).to(HERE), text(3, 9).to(HERE)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["key"], init_lora_weights=False))
@@ -294,7 +294,7 @@ def test_adapters_are_replayed_and_hooks_are_heard():
 
 
 @on_a_gpu
-def test_a_token_can_be_captured_in_a_graph_of_somebody_else():
+def test_on_a_gpu_a_token_can_be_captured_in_a_graph_of_somebody_else():
     model, ids = make(PLAIN).to(HERE), text(2, 9).to(HERE)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
