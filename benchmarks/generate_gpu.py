@@ -6,9 +6,9 @@
 
 Ways to write: ours; ours with ``cache_implementation="static"``; ours with ``native_decoding`` off, module by module;
 GPT-NeoX of the same shape with its KV cache; and, one row only, as it gives wrong results for batches, the RWKV-4 that
-is built into transformers. The likeliest token each time, by `generate`. The time of a token is the difference between writing
-`--tokens` more and writing a few, divided by their number. Beside it stands, of ours, the time of a step that the CPU
-does not wait for, from many in a row between two events of the device.
+is built into transformers. The likeliest token each time, by `generate`. The time of a token is the difference between
+writing `--tokens` more and writing a few, divided by their number. Beside it stands, of ours, the time of a step that
+the CPU does not wait for, from many in a row between two events of the device.
 
 The ceiling is reading the weights, all but the embeddings, as fast as a GiB is copied, counting what is read and what
 is written. First every RWKV-4 must begin with the same tokens in float32, for every batch; if not, no speed is printed
