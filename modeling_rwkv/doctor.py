@@ -25,7 +25,7 @@ _FAILURES = (RuntimeError, ValueError, ImportError, OSError)
 def examine() -> dict[str, Any]:
     """Everything that is known without computing anything, as JSON takes it.
 
-    ``not_decoding`` of a CPU is the reason why tokens are not computed at once there; None where they are.
+    ``not_decoding`` is the reason why tokens are not computed at once there; None where they are.
     """
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -62,9 +62,8 @@ def _describe(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "not_decoding": why_not(_tiny_model()),
         }
-    return found | _implementations(device)
+    return found | {"not_decoding": why_not(_tiny_model().to(device))} | _implementations(device)
 
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
@@ -97,7 +96,7 @@ def self_test() -> Iterator[dict[str, Any]]:
             yield _try(f"WKV equals its float64 reference, {where}", partial(_accuracy, device, dtype))
         yield _try(f"WKV in two parts equals WKV in one, float32 on {device}", partial(_split, device))
         yield _try(f"a padded batch equals its rows, float32 on {device}", partial(_padding, device))
-    yield _try("a token computed at once equals the modules', float32 on cpu", _decoding)
+        yield _try(f"a token computed at once equals the modules', float32 on {device}", partial(_decoding, device))
 
 
 def _try(name: str, measure: Callable[[], tuple[float, float]]) -> dict[str, Any]:
@@ -160,9 +159,9 @@ def _padding(device: torch.device) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _decoding() -> tuple[float, float]:
+def _decoding(device: torch.device) -> tuple[float, float]:
     """Logits of the last of five tokens, alone and all at once."""
-    model, ids = _tiny_model(), torch.arange(10).view(2, 5)
+    model, ids = _tiny_model().to(device), torch.arange(10, device=device).view(2, 5)
     past = model(input_ids=ids[:, :4]).past_key_values
     return _distance(model(input_ids=ids[:, 4:], past_key_values=past).logits, model(ids).logits[:, 4:]), 1e-4
 

@@ -153,7 +153,9 @@ def test_generation_with_its_cache_equals_generation_without(model):
 
 
 @pytest.mark.parametrize("chunk_length", [1, 8, 64])
-def test_the_loss_in_chunks_has_the_gradients_of_the_whole(model, chunk_length):
+def test_the_loss_in_chunks_has_the_gradients_of_the_whole(model, chunk_length, request):
+    if "int4 packed" in request.node.name:
+        pytest.skip("torchao's packed products have no gradients")
     found = []
     for options in ({}, {"chunk_length": chunk_length}):
         embeddings = model.rwkv.embeddings.weight.requires_grad_()
