@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py                                  # the 169M shape, a prompt of 16, 64 new tokens
     python benchmarks/generate.py --json generate.json --plot generate.png
+    python benchmarks/generate.py --sides ours --dtypes bfloat16 int8 --starts 16 16000     # int8; far into a text
     python benchmarks/generate.py --shape 430m --prompts 16 1024 --tokens 64 512 --batches 1 8 32 --memory
     python benchmarks/generate.py --prompts 100000 --tokens 3 --repeats 1 --sides ours "ours, at once" --memory
     python benchmarks/generate.py --shape tiny --tokens 4 8 --repeats 2                             # to see it work
@@ -12,6 +13,9 @@ official `rwkv` package; GPT-NeoX with its KV cache. The likeliest token each ti
 by a loop where there is none. The RWKV-4 sides hold the same random weights, and in float32 must begin with the same
 eight tokens; if not, no speed is printed and the exit code is 1. Built-in and official write one row: of batches, the
 former gives wrong results and the latter knows none.
+
+int8: every matrix by torchao's `Int8WeightOnlyConfig()`, the rest in bfloat16; ours only. `--starts`: tokens a second
+after so many tokens, read before and not counted, by turns.
 
 Reading a token's weights (all but the embeddings, of which a token needs one row), in a loop that adds them up, is
 timed by turns with the sides. No program that reads each of them once is faster: that is the ceiling.
@@ -35,10 +39,10 @@ from sides import SHAPES, SIDES
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_rwkv import RwkvForCausalLM
+from modeling_rwkv import RwkvCache, RwkvForCausalLM
 from rwkv_kernels.loader import cpu_library
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 OURS, MODULES, AT_ONCE, READING = "ours", "ours, by modules", "ours, at once", "reading weights"
 PIECE = RwkvForCausalLM.prefill_tokens
 WAYS = {OURS: (True, PIECE), MODULES: (False, PIECE), AT_ONCE: (True, None)}  # native_decoding, prefill_tokens
@@ -74,8 +78,11 @@ class Clock(BaseStreamer):
         """Nothing is left to show."""
 
 
-def write(name: str, model: Any, ids: Tensor, tokens: int) -> Clock:
-    """``tokens`` more, greedily: the times at which the work began and each token was there, and tokens (B,)."""
+def write(name: str, model: Any, ids: Tensor, tokens: int, past: RwkvCache | None = None) -> Clock:
+    """``tokens`` more, greedily: the times at which the work began and each token was there, and tokens (B,).
+
+    past: of ours, what was read before ``ids``.
+    """
     clock = Clock()
     if name == "official":
         clock.put(ids)
@@ -93,6 +100,7 @@ def write(name: str, model: Any, ids: Tensor, tokens: int) -> Clock:
         max_new_tokens=tokens,
         do_sample=False,
         use_cache=True,
+        past_key_values=past,
         streamer=clock,
     )
     return clock
@@ -111,27 +119,31 @@ def load(name: str, shape: str, seed: int, dtype: str) -> Any:
     model = SIDES[name].load(shape, seed, DTYPES[dtype]).model
     if name != "official":
         model.eval().generation_config.update(eos_token_id=None, pad_token_id=None)
+    if dtype == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
     return model
 
 
 def weight_bytes(model: Any) -> int:
     """Of what each token reads."""
     embeddings = model.get_input_embeddings().weight
-    return sum(x.numel() * x.element_size() for x in model.parameters() if x is not embeddings)
+    parts = [(x.qdata, x.scale) if hasattr(x, "qdata") else (x,) for x in model.parameters() if x is not embeddings]
+    return sum(x.numel() * x.element_size() for part in parts for x in part)
 
 
 def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
     """All work of one dtype, into ``report``."""
     progress(f"loading {dtype}")
-    loaded = {
-        name: load(name, args.shape, args.seed, dtype) for name in args.sides if name == OURS or name not in WAYS
-    }
-    loaded |= dict.fromkeys(set(args.sides) & set(WAYS), loaded[OURS])
+    writers = [name for name in args.sides if name == OURS or dtype != "int8"]
+    loaded = {name: load(name, args.shape, args.seed, dtype) for name in writers if name == OURS or name not in WAYS}
+    loaded |= dict.fromkeys(set(writers) & set(WAYS), loaded[OURS])
     size = weight_bytes(loaded[OURS])
     weights = torch.ones(size // 4, dtype=torch.int32)
     report["weight_bytes"][dtype] = size
     for work in works(dtype, args):
-        sides = [name for name in args.sides if work.batch == 1 or name not in ONE_ROW]
+        sides = [name for name in writers if work.batch == 1 or name not in ONE_ROW]
         ids = prompt(work, args)
         jobs: dict[str, Callable[[], Clock]] = {
             name: partial(write, name, loaded[name], ids, work.tokens) for name in sides
@@ -151,6 +163,21 @@ def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> Non
         if args.memory:
             peaks = {name: int(alone("--peak-of", json.dumps(vars(work)), name)) for name in sides}
             report["work"][str(work)]["peak_bytes"] = peaks
+    if args.starts:
+        report["starts"][dtype] = measure_starts(loaded[OURS], args)
+
+
+def measure_starts(model: Any, args: argparse.Namespace) -> dict[int, list[float]]:
+    """Tokens a second after so many tokens, by turns."""
+    tokens, speeds = max(args.tokens), {start: [] for start in args.starts}
+    text = torch.randint(SHAPES[args.shape][-1], (1, max(args.starts) + 1))
+    with torch.no_grad():
+        caches = {n: model(text[:, :n], use_cache=True, logits_to_keep=1).past_key_values for n in args.starts}
+    progress(f"timing after {args.starts} tokens")
+    for name in turns([str(n) for n in args.starts], args.repeats):
+        times = write(OURS, model, text[:, -1:], tokens, caches[int(name)].clone()).times
+        speeds[int(name)].append((tokens - 1) / (times[-1] - times[1]))
+    return speeds
 
 
 def works(dtype: str, args: argparse.Namespace) -> list[Work]:
@@ -209,6 +236,9 @@ def text(report: dict[str, Any]) -> list[str]:
         size = report["weight_bytes"][work["dtype"]]
         speed = size / min(work["reading_seconds"]) / 1e9
         lines.append(row.format(label, READING, f"{work['ceiling']:.1f}", f"{speed:.1f} GB/s", *[""] * 4))
+    for dtype, starts in report["starts"].items():
+        found = ", ".join(f"{median(speeds):.1f} after {start}" for start, speeds in starts.items())
+        lines.append(f"{dtype}, ours, tokens/s: {found}")
     lines += ["", f"medians of {settings['repeats']}, sides by turns; reading: the fastest"]
     return [*lines, f"peak: {MEMORY}"] if settings["memory"] else lines
 
@@ -247,6 +277,7 @@ def main() -> int:
         "weight_bytes": {},
         "disagree": [],
         "work": {},
+        "starts": {},
     }
     for dtype in args.dtypes:
         measure(dtype, args, report)
@@ -261,10 +292,11 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="169m")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[16], help="tokens to read first")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="to write, three or more")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--starts", type=int, nargs="+", default=[], help="positions at which to compare speeds")
     parser.add_argument("--sides", choices=WRITERS, nargs="+", default=[name for name in WRITERS if name != AT_ONCE])
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
     parser.add_argument("--reads", type=int, default=10, help="of the weights, in each repeat")

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace cpu {
@@ -93,6 +97,11 @@ ALWAYS_INLINE Halves narrow(Floats x, BFloat16) {
     return __builtin_convertvector(((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded) >> 16, Halves);
 }
 
+#if defined(__AVX512F__)  // no compiler finds these instructions by itself
+ALWAYS_INLINE Floats widen(Halves x, Float16) { return bitcast<Floats>(_mm512_maskz_cvtph_ps(-1, bitcast<__m256i>(x))); }
+#elif defined(__AVX__) && defined(__F16C__)
+ALWAYS_INLINE Floats widen(Halves x, Float16) { return bitcast<Floats>(_mm256_cvtph_ps(bitcast<__m128i>(x))); }
+#else
 // What is subnormal in float16 comes from a sum of normal numbers, since a CPU may be told to flush subnormal ones.
 ALWAYS_INLINE Floats widen(Halves x, Float16) {
     const Words word = __builtin_convertvector(x, Words), size = (word & 0x7fff) << 13, least = Words{} + (113u << 23);
@@ -101,6 +110,7 @@ ALWAYS_INLINE Floats widen(Halves x, Float16) {
     const Words value = size >= (31u << 23) ? special : size < (1u << 23) ? subnormal : normal;
     return bitcast<Floats>(value | (word & 0x8000) << 16);
 }
+#endif
 
 ALWAYS_INLINE Halves narrow(Floats x, Float16) {
     const Words bits = bitcast<Words>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;

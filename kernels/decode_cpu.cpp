@@ -12,32 +12,22 @@
 #include <cmath>
 #include <cstdint>
 #include <thread>
-#include <type_traits>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "decode_products.h"
 #include "wkv4_vectors.h"
 
 namespace decode {
 
-using namespace cpu;
-
-constexpr int LANES = cpu::LANES<float>;
-constexpr int MOST = 8;  // rows of a batch
-constexpr int BAND = 4;  // rows of a matrix that are read side by side
+constexpr int64_t TOKENS = 1024;  // whose logits are computed together
 
 // As decode_cpu.py fills them in. `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8.
 struct Numbers {
     const void* data;
     int64_t dtype;
-};
-struct Matrix {
-    const void* data;  // (rows, columns), without gaps
-    const float* scales;  // (rows), by which int8 are to be multiplied, or null
-    int64_t dtype, rows, columns;
 };
 struct Norm {
     Numbers weight, bias;
@@ -85,100 +75,9 @@ template <class Lanes> ALWAYS_INLINE void write(void* to, int64_t dtype, int64_t
     }
 }
 
-// What one thread does of many columns or rows: whole vectors, so that no two threads write side by side.
-struct Range {
-    int64_t begin, end;
-};
-
-// body(i, lanes) for the vectors of a range; `lanes` is known when compiling, but for the fewer at the end.
-template <class Body> ALWAYS_INLINE void each_vector(Range range, const Body& body) {
-    int64_t i = range.begin;
-    for (; i + LANES <= range.end; i += LANES) body(i, std::integral_constant<int, LANES>{});
-    if (i < range.end) body(i, int(range.end - i));
-}
-
-// (B, columns) floats. A row begins with a vector, and there are zeros after its end.
-class Rows {
-    struct alignas(VECTOR_BYTES) Piece {
-        float lane[LANES];
-    };
-    std::vector<Piece> pieces;
-
-  public:
-    const int64_t columns, stride;
-
-    Rows(int64_t rows, int64_t columns)
-        : pieces(rows * ((columns + LANES - 1) / LANES)), columns(columns), stride((columns + LANES - 1) / LANES * LANES) {}
-    ALWAYS_INLINE float* at(int64_t row, int64_t i) { return pieces[0].lane + row * stride + i; }
-    ALWAYS_INLINE const float* at(int64_t row, int64_t i) const { return pieces[0].lane + row * stride + i; }
-    ALWAYS_INLINE Floats get(int64_t row, int64_t i) const { return load(at(row, i), LANES); }
-    ALWAYS_INLINE void set(int64_t row, int64_t i, Floats x) { store(at(row, i), x, LANES); }
-};
-
-template <int N> ALWAYS_INLINE float sum(Vector<float, N> x) {
-    if constexpr (N == 4) {
-        return (x[0] + x[2]) + (x[1] + x[3]);
-    } else {
-        struct Halves {
-            Vector<float, N / 2> low, high;
-        } const half = bitcast<Halves>(x);
-        return sum<N / 2>(half.low + half.high);
-    }
-}
-
 ALWAYS_INLINE Floats sigmoid(Floats x) {
     const Floats size = -x, most = Floats{} - Real<float>::lowest;
     return 1 / (1 + exponential<float>(size > most ? most : size));
-}
-
-// -- products ---------------------------------------------------------------------------------------------------------
-
-struct Int8 {
-    int8_t bits;
-};
-
-template <class E> ALWAYS_INLINE Floats weights(const E* from, int lanes) { return load(from, lanes); }
-ALWAYS_INLINE Floats weights(const Int8* from, int lanes) {
-    Vector<int8_t, LANES> x{};
-    std::memcpy(&x, from, lanes);
-    return __builtin_convertvector(x, Floats);
-}
-
-// N rows of a matrix, from `row` on, times B rows of `in`. What comes next is on its way meanwhile.
-template <class E, int B, int N> ALWAYS_INLINE void band(const Matrix& matrix, int64_t row, const Rows& in, Rows& out) {
-    const E* from = static_cast<const E*>(matrix.data) + row * matrix.columns;
-    Floats sums[N][B]{};
-    each_vector({0, matrix.columns}, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        for (int n = 0; n < N; ++n) {
-            __builtin_prefetch(from + (N + n) * matrix.columns + i, 0, 2);
-            const Floats x = weights(from + n * matrix.columns + i, lanes);
-            for (int b = 0; b < B; ++b) sums[n][b] += x * in.get(b, i);
-        }
-    });
-    for (int n = 0; n < N; ++n) {
-        const float scale = matrix.scales ? matrix.scales[row + n] : 1;
-        for (int b = 0; b < B; ++b) *out.at(b, row + n) = scale * sum<LANES>(sums[n][b]);
-    }
-}
-
-template <class E, int B> void product(const Matrix& matrix, Range range, const Rows& in, Rows& out) {
-    int64_t row = range.begin;
-    for (; row + BAND <= range.end; row += BAND) band<E, B, BAND>(matrix, row, in, out);
-    for (; row < range.end; ++row) band<E, B, 1>(matrix, row, in, out);
-}
-
-typedef void (*Product)(const Matrix&, Range, const Rows&, Rows&);
-
-template <class E> Product product_of(int64_t rows) {
-    static constexpr Product of[MOST] = {product<E, 1>, product<E, 2>, product<E, 3>, product<E, 4>,
-                                         product<E, 5>, product<E, 6>, product<E, 7>, product<E, 8>};
-    return of[rows - 1];
-}
-
-// Rows `range` of a matrix times B rows of `in`, to the same columns of `out`.
-void multiply(const Matrix& matrix, int64_t rows, Range range, const Rows& in, Rows& out) {
-    Product (*const of[])(int64_t) = {product_of<float>, product_of<BFloat16>, product_of<Float16>, product_of<Int8>};
-    of[matrix.dtype](rows)(matrix, range, in, out);
 }
 
 // -- what is between them ---------------------------------------------------------------------------------------------
@@ -188,13 +87,13 @@ void layer_norm(const Norm& norm, int64_t rows, const Rows& x, Rows& y) {
     for (int64_t b = 0; b < rows; ++b) {
         Floats total{}, squares{};
         each_vector(all, [&](int64_t i, auto) { total += x.get(b, i); });
-        const float mean = sum<LANES>(total) / x.columns;
+        const float mean = sum(total) / x.columns;
         each_vector(all, [&](int64_t i, auto lanes) {
             Floats off = x.get(b, i) - mean;
             for (int lane = lanes; lane < LANES; ++lane) off[lane] = 0;
             squares += off * off;
         });
-        const float scale = 1 / std::sqrt(sum<LANES>(squares) / x.columns + float(norm.epsilon));
+        const float scale = 1 / std::sqrt(sum(squares) / x.columns + float(norm.epsilon));
         each_vector(all, [&](int64_t i, auto lanes) {
             const Floats weight = read(norm.weight.data, norm.weight.dtype, i, lanes);
             y.set(b, i, (x.get(b, i) - mean) * scale * weight + read(norm.bias.data, norm.bias.dtype, i, lanes));
@@ -237,7 +136,7 @@ class Barrier {
 // What all threads work on.
 struct Shared {
     Barrier barrier;
-    Rows x, key, value, receptance, hidden, gate, delta, logits;  // A columns: key, value, receptance; I: hidden
+    Rows x, key, value, receptance, hidden, gate, delta;  // A columns: key, value, receptance; I: hidden
 
     Shared(const Model& model, int64_t rows)
         : x(rows, model.head.columns),
@@ -246,8 +145,7 @@ struct Shared {
           receptance(rows, key.columns),
           hidden(rows, model.blocks->feed_forward_key.rows),
           gate(rows, x.columns),
-          delta(rows, x.columns),
-          logits(rows, model.head.rows) {}
+          delta(rows, x.columns) {}
 };
 
 // One thread's part of a token.
@@ -256,12 +154,13 @@ class Worker {
     const Step& step;
     Shared& shared;
     const int64_t rows, thread, threads;
-    Rows normed, mixed;  // its own
+    Rows normed, mixed, arranged, logits;  // its own
 
   public:
     Worker(const Model& model, const Step& step, Shared& shared, int64_t thread, int64_t threads)
         : model(model), step(step), shared(shared), rows(step.rows), thread(thread), threads(threads),
-          normed(rows, shared.x.columns), mixed(rows, shared.x.columns) {}
+          normed(rows, shared.x.columns), mixed(rows, shared.x.columns),
+          arranged(rows, std::max({shared.x.columns, shared.key.columns, shared.hidden.columns})), logits(rows, TOKENS) {}
 
     void run() {
         for (int64_t layer = 0; layer < model.layers; ++layer) {
@@ -273,9 +172,7 @@ class Worker {
                 [&](int64_t b, int64_t i, Floats x) { return sigmoid(shared.gate.get(b, i)) * x; });
         }
         layer_norm(model.ln_out, rows, shared.x, normed);
-        const Range part = share(model.head.rows);
-        multiply(model.head, rows, part, normed, shared.logits);
-        keep(shared.logits, part, step.logits);
+        write_logits(share(model.head.rows));
     }
 
   private:
@@ -284,6 +181,19 @@ class Worker {
         const int64_t vectors = (count + LANES - 1) / LANES;
         const auto cut = [&](int64_t n) { return std::min(count, vectors * n / threads * LANES); };
         return {cut(thread), cut(thread + 1)};
+    }
+
+    // Of some tokens at a time: all of them for many rows would be megabytes.
+    void write_logits(Range part) {
+        for (int64_t token = part.begin; token < part.end; token += logits.columns) {
+            const int64_t count = std::min(part.end - token, logits.columns);
+            multiply(model.head.from(token), normed, {0, count}, logits);
+            for (int64_t b = 0; b < rows; ++b) {
+                each_vector({0, count}, [&](int64_t i, auto lanes) {
+                    write(step.logits, step.dtype, b * model.head.rows + token + i, logits.get(b, i), lanes);
+                });
+            }
+        }
     }
 
     template <class Body> ALWAYS_INLINE void each(Range part, const Body& body) const {
@@ -296,16 +206,27 @@ class Worker {
         });
     }
 
+    // Rows `part` of a matrix times `in`.
+    void multiply(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
+        const auto arranged_by = [&](auto arrange) -> const Rows& { return arrange(rows, in, arranged), arranged; };
+        switch (matrix.dtype) {
+            case 0: return product<float>(matrix, rows, part, in, out);
+            case 1: return product<BFloat16>(matrix, rows, part, arranged_by(arrange<2>), out);
+            case 2: return product<Float16>(matrix, rows, part, in, out);
+            default: return product<Int8>(matrix, rows, part, arranged_by(arrange<4>), out);
+        }
+    }
+
     // A matrix times the norm of the residual stream, mixed with what was there before.
     void multiply_mixed(const Matrix& matrix, const Numbers& weight, const void* previous, Range part, Rows& out) {
         mix(weight, rows, normed, previous, step.dtype, mixed);
-        multiply(matrix, rows, part, mixed, out);
+        multiply(matrix, mixed, part, out);
     }
 
     // The residual stream grows by change(row, channel, matrix times in).
     template <class Change> void add(const Matrix& matrix, const Rows& in, const Change& change) {
         const Range part = share(matrix.rows);
-        multiply(matrix, rows, part, in, shared.delta);
+        multiply(matrix, in, part, shared.delta);
         each(part, [&](int64_t b, int64_t i, auto) {
             shared.x.set(b, i, shared.x.get(b, i) + change(b, i, shared.delta.get(b, i)));
         });
@@ -381,5 +302,4 @@ void run(const Model& model, const Step& step) {
 
 }  // namespace decode
 
-// Rows: 1 to 8.
 extern "C" void decode_cpu(const decode::Model* model, const decode::Step* step) { decode::run(*model, *step); }

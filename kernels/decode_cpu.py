@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from rwkv_kernels import loader
 from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
-MOST_ROWS = 8  # as in decode_cpu.cpp
+# Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast: of
+# bfloat16 sooner, for which CPUs have instructions (AMX) that nothing here uses.
+MOST_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in decode_cpu.cpp
 INT8 = len(DTYPES)
 
@@ -53,8 +55,9 @@ class Block(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Everything but the embeddings."""
+    """Everything but the embeddings. dtype: of embeddings, logits and all but int8 matrices, one of ``DTYPES``."""
 
+    dtype: torch.dtype
     blocks: Sequence[Block]
     pre_ln: Norm
     ln_out: Norm
@@ -75,9 +78,10 @@ class Decoder:
     def __init__(self, model: Model) -> None:
         _check(model)
         self.tensors = list(tensors_of(model))
-        self.dtype = model.head.data.dtype
+        self.dtype = model.dtype
         self.hidden_size, self.attention_size = model.head.data.shape[1], len(model.blocks[0].time_decay)
         self.vocab_size = len(model.head.data)
+        self.most_rows = MOST_ROWS[model.blocks[0].key.data.dtype]
         self._blocks = (_Block * len(model.blocks))(*(_Block(*map(_argument, block)) for block in model.blocks))
         rest = map(_argument, (model.pre_ln, model.ln_out, model.head))
         self._model = _Model(len(model.blocks), ctypes.addressof(self._blocks), *rest)
@@ -86,11 +90,11 @@ class Decoder:
     def step(self, x: Tensor, before: Sequence[State]) -> tuple[Tensor, list[State]] | None:
         """Logits (B, V) of the next token, and the states after this one; None for what the kernel does not take.
 
-        x: (B, C), the embeddings of the token, in ``dtype``; B is at most ``MOST_ROWS``.
+        x: (B, C), the embeddings of the token, in ``dtype``; B is at most ``most_rows``.
         before: of each block, as the model keeps them: WKV in float32, the rest in ``dtype``. Never written to.
         """
         rows, dtype = len(x), self.dtype
-        if x.dtype != dtype or x.shape != (rows, self.hidden_size) or not 0 < rows <= MOST_ROWS:
+        if x.dtype != dtype or x.shape != (rows, self.hidden_size) or not 0 < rows <= self.most_rows:
             return None
         shapes = [(rows, self.hidden_size)] * 2 + [(rows, 3, self.attention_size)]
         kinds = list(zip(shapes, (dtype, dtype, torch.float32), strict=True))
@@ -135,7 +139,7 @@ def _fits(x: Tensor, kind: tuple[tuple[int, ...], torch.dtype]) -> bool:
 
 def _check(model: Model, device: str = "cpu") -> None:
     """Raises ValueError, unless every tensor is one that the kernel for a kind of device reads."""
-    (vocabulary, hidden), dtype = model.head.data.shape, model.head.data.dtype
+    (vocabulary, hidden), dtype = model.head.data.shape, model.dtype
     attention, intermediate = len(model.blocks[0].time_decay), len(model.blocks[0].feed_forward_key.data)
     shapes = {
         "time_decay": (attention,), "time_first": (attention,), "output": (hidden, attention),

@@ -112,6 +112,7 @@ class _Plan:
             slots += [(module.__dict__, "eps")] if "eps" in module.__dict__ else []
             slots += [(x.__dict__, name) for x in module._parameters.values() if _is_int8(x) for name in _INT8_PARTS]
         self._holders, self._names = zip(*slots, strict=True)
+        self._kinds = {type(module) for module in modules}
         self._held = self._now()
         self.decoder: decode_cpu.Decoder | decode_cuda.Decoder | None = None
         self.replays: dict[tuple[int, int], Replay | None] = {}
@@ -158,14 +159,14 @@ class _Plan:
         return self.replays[key]
 
     def _now(self) -> list[Any]:
-        return list(map(dict.get, self._holders, self._names))
+        return [*map(dict.get, self._holders, self._names), *map(_FORWARD, self._kinds)]
 
     def _where(self) -> list[Any]:
         return [*map(Tensor.data_ptr, self._tensors), *map(_DTYPE, self._tensors), *map(_SHAPE, self._tensors)]
 
 
 DECODERS: dict[str, Any] = {"cpu": decode_cpu.Decoder, "cuda": decode_cuda.Decoder}
-_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+_DTYPE, _SHAPE, _FORWARD = map(operator.attrgetter, ("dtype", "shape", "forward"))
 _INT8_PARTS = "qdata", "scale", "zero_point"
 
 
@@ -181,13 +182,22 @@ def _weights(model: Any) -> decode_cpu.Model:
     _check_kinds(ours.RwkvChannelMix, [block.feed_forward for block in blocks])
     norms = [first.pre_ln, rwkv.ln_out, *(norm for block in blocks for norm in (block.ln1, block.ln2))]
     _check_kinds(ours.RwkvLayerNorm, norms)
-    return decode_cpu.Model([*map(_block, blocks)], _norm(first.pre_ln), _norm(rwkv.ln_out), _matrix(model.head))
+    return decode_cpu.Model(
+        dtype=model.head.weight.dtype,  # of int8: what it stands for
+        blocks=[*map(_block, blocks)],
+        pre_ln=_norm(first.pre_ln),
+        ln_out=_norm(rwkv.ln_out),
+        head=_matrix(model.head),
+    )
 
 
 def _check_kinds(kind: type, modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if type(module) is not kind:
             raise ValueError(f"there is a {type(module).__name__} where a {kind.__name__} was expected")
+    forward = _FORWARD(kind).__qualname__
+    if forward != f"{kind.__qualname__}.forward":
+        raise ValueError(f"the forward of {kind.__name__} is {forward}")
 
 
 def _block(block: Any) -> decode_cpu.Block:
