@@ -1,7 +1,7 @@
-// A matrix times a few rows, for decode_cpu.cpp: each weight is read once, as it lies in memory, and meets all rows. Plain
-// C++17 with the vector extensions of GCC and Clang.
+// A matrix times a few rows, for decode_cpu.cpp: each weight is read once, as it lies in memory, and meets all rows.
+// Plain C++17 with the vector extensions of GCC and Clang.
 //
-// Symbols: E the type of a weight; N rows of a matrix times B rows of a batch are a tile, whose sums stay in registers.
+// Symbols: E the type of a weight; N rows of a matrix times B of a batch are a tile, whose sums stay in registers.
 
 #pragma once
 
@@ -212,15 +212,15 @@ template <class E, int... B> constexpr auto tiles_of(std::integer_sequence<int, 
     return std::array<void (*)(const Tiles&, const Rows&, Rows&), sizeof...(B)>{multiply_tile<E, B + 1>...};
 }
 
-// Rows `range` of a matrix times `batch` rows of `in`, which are arranged, to the same columns of `out`. In a batch of many
-// tiles, each part of the matrix meets all of them before the next part is read.
+// Rows `range` of a matrix times `batch` rows of `in`, which are arranged, to the same columns of `out`. In a batch of
+// many tiles, each part of the matrix meets all of them before the next part is read.
 template <class E> void product(const Matrix& matrix, int64_t batch, Range range, const Rows& in, Rows& out) {
     static constexpr auto multiply = tiles_of<E>(std::make_integer_sequence<int, WIDE>{});
     const int64_t tiles = (batch + WIDE - 1) / WIDE, band_bytes = TALL * std::min(DEEP, matrix.columns) * sizeof(E);
     const int64_t together = ((tiles == 1 ? AHEAD : CACHED) / band_bytes + 1) * TALL;
     for (int64_t row = range.begin; row < range.end; row += together) {
         const Range rows{row, std::min(range.end, row + together)};
-        const int64_t next = tiles == 1 || rows.end < range.end ? rows.end : row;  // past the end may be the next matrix
+        const int64_t next = tiles == 1 || rows.end < range.end ? rows.end : row;  // past it may be the next matrix
         for (int64_t i = 0; i < matrix.columns; i += DEEP) {
             const Range columns{i, std::min(matrix.columns, i + DEEP)};
             for (int64_t tile = 0; tile < tiles; ++tile) {
