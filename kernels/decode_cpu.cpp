@@ -24,7 +24,7 @@ namespace decode {
 
 constexpr int64_t TOKENS = 1024;  // whose logits are computed together
 
-// As decode_cpu.py fills them in. `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8.
+// As decode_weights.py fills them in. `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8.
 struct Numbers {
     const void* data;
     int64_t dtype;

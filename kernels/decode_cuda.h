@@ -24,7 +24,7 @@ typedef long long Int;
 
 constexpr int LANES = 32, THREADS = LANES * WARPS;
 
-// As decode_cpu.py fills them in.
+// As decode_weights.py fills them in.
 struct Numbers {
     const void* data;
     Int dtype;

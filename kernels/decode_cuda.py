@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from rwkv_kernels import loader
-from rwkv_kernels.decode_cpu import (
+from rwkv_kernels.decode_weights import (
     DTYPES,
+    BlockPointers,
     Matrix,
     Model,
+    ModelPointers,
     Norm,
+    NormPointers,
+    NumbersPointers,
     State,
-    _argument,
-    _Block,
-    _check,
-    _Model,
-    _Norm,
-    _Numbers,
+    check,
+    pointers,
     tensors_of,
 )
 from rwkv_kernels.wkv4_native import Arguments, Integer, Pointer, fields
@@ -69,7 +69,7 @@ class Decoder:
     """
 
     def __init__(self, model: Model) -> None:
-        _check(model, "cuda")
+        check(model, "cuda")
         first = model.blocks[0]
         self.model, self.tensors = model, list(tensors_of(model))
         self.dtype, self.device = model.head.data.dtype, model.head.data.device
@@ -90,10 +90,10 @@ class Decoder:
         self.processors = properties.multi_processor_count
         self.few = min(MOST_ROWS, properties.shared_memory_per_block_optin // self._shared_bytes(1))
         self._kinds = _kinds(model)
-        blocks = (_Block * len(model.blocks))(*(_Block(*map(_argument, block)) for block in model.blocks))
+        blocks = (BlockPointers * len(model.blocks))(*(BlockPointers(*map(pointers, block)) for block in model.blocks))
         self._table = torch.frombuffer(bytearray(blocks), dtype=torch.uint8).to(self.device)
-        rest = map(_argument, (model.pre_ln, model.ln_out, model.head))
-        self._model = _Model(len(model.blocks), self._table.data_ptr(), *rest)
+        rest = map(pointers, (model.pre_ln, model.ln_out, model.head))
+        self._model = ModelPointers(len(model.blocks), self._table.data_ptr(), *rest)
         self._rooms: dict[tuple[int, int], list[Tensor]] = {}
         self._kernels: dict[tuple[str, int], loader.Kernel] = {}
         self._kernel(SMALL, 1)
@@ -129,7 +129,7 @@ class Decoder:
         mixed = torch.empty(3, rows, self.hidden_size, **kind)
         normed, stream = torch.empty_like(mixed[0]), torch.empty_like(mixed[0], dtype=torch.float32)
         gated = torch.empty(rows, self.attention_size, **kind)
-        growth: dict[str, Any] = {"embeddings": embeddings, "pre_ln": _argument(self.model.pre_ln)}
+        growth: dict[str, Any] = {"embeddings": embeddings, "pre_ln": pointers(self.model.pre_ln)}
         for layer, block in enumerate(self.model.blocks):
             self._enter(
                 "enter_attention", rows, block.ln1, block.attention_mix, stream=stream, out=mixed,
@@ -137,7 +137,7 @@ class Decoder:
             )  # fmt: skip
             key, value, receptance = map(_product, mixed, (block.key, block.value, block.receptance))
             arguments = _Attending(
-                time_decay=_argument(block.time_decay), time_first=_argument(block.time_first), key=key, value=value,
+                time_decay=pointers(block.time_decay), time_first=pointers(block.time_first), key=key, value=value,
                 receptance=receptance, before=before.wkv[layer], after=after.wkv[layer], out=gated,
                 channels=self.attention_size,
             )  # fmt: skip
@@ -155,7 +155,7 @@ class Decoder:
         return _product(normed, self.model.head)
 
     def _enter(self, name: str, rows: int, norm: Norm, mixes: Sequence[Tensor], **tensors: Any) -> None:
-        structures: Any = {"norm": _argument(norm), "mixes": (_Numbers * 3)(*map(_argument, mixes))}
+        structures: Any = {"norm": pointers(norm), "mixes": (NumbersPointers * 3)(*map(pointers, mixes))}
         arguments = _Entering(channels=self.hidden_size, **structures, **tensors)
         self._launch(name, (rows, 1), arguments)
 
@@ -188,7 +188,7 @@ class Decoder:
 
     def _shared_bytes(self, rows: int) -> int:
         widest = max(3 * self.hidden_size, self.attention_size, self.intermediate_size)
-        return 2 * ctypes.sizeof(_Block) + 4 * rows * (2 * WARPS + widest)
+        return 2 * ctypes.sizeof(BlockPointers) + 4 * rows * (2 * WARPS + widest)
 
     def _kernel(self, name: str, rows: int) -> loader.Kernel:
         if (name, rows) not in self._kernels:
@@ -208,8 +208,8 @@ class _Table(ctypes.Structure):
 
 class _Entering(Arguments):
     _fields_ = [
-        *fields(_Norm, "norm pre_ln"),
-        ("mixes", _Numbers * 3),
+        *fields(NormPointers, "norm pre_ln"),
+        ("mixes", NumbersPointers * 3),
         ("embeddings", _Table),
         *fields(Pointer, "delta receptance stream before after out"),
         *fields(Integer, "channels"),
@@ -218,7 +218,7 @@ class _Entering(Arguments):
 
 class _Attending(Arguments):
     _fields_ = (
-        fields(_Numbers, "time_decay time_first")
+        fields(NumbersPointers, "time_decay time_first")
         + fields(Pointer, "key value receptance before after out")
         + fields(Integer, "channels")
     )
@@ -234,7 +234,7 @@ class _State(ctypes.Structure):
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        ("model", _Model),
+        ("model", ModelPointers),
         ("embeddings", _Table),
         *fields(_State, "before after"),
         *fields(Pointer, "logits stream gated hidden gate met"),
@@ -271,4 +271,4 @@ def _kinds(model: Model) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         raise ValueError(
             f"norms and mixes are {vectors}, time_decay and time_first {times}: the kernel reads one of each"
         )
-    return model.head.data.dtype, vectors.pop(), times.pop()
+    return model.dtype, vectors.pop(), times.pop()

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_rwkv.cache import LayerState, RwkvCache
 from modeling_rwkv.static_cache import Replay, RwkvStaticCache, StackedLayers, table_of
-from rwkv_kernels import decode_cpu, decode_cuda
+from rwkv_kernels import decode_cpu, decode_cuda, decode_weights
 from rwkv_kernels.loader import Unavailable
 from rwkv_kernels.wkv4_native import are_at_hand
 
@@ -170,7 +170,7 @@ _DTYPE, _SHAPE, _FORWARD = map(operator.attrgetter, ("dtype", "shape", "forward"
 _INT8_PARTS = "qdata", "scale", "zero_point"
 
 
-def _weights(model: Any) -> decode_cpu.Model:
+def _weights(model: Any) -> decode_weights.Model:
     """Raises ValueError for a module of another kind."""
     from modeling_rwkv import modeling_rwkv  # which imports this module
 
@@ -182,7 +182,7 @@ def _weights(model: Any) -> decode_cpu.Model:
     _check_kinds(ours.RwkvChannelMix, [block.feed_forward for block in blocks])
     norms = [first.pre_ln, rwkv.ln_out, *(norm for block in blocks for norm in (block.ln1, block.ln2))]
     _check_kinds(ours.RwkvLayerNorm, norms)
-    return decode_cpu.Model(
+    return decode_weights.Model(
         dtype=model.head.weight.dtype,  # of int8: what it stands for
         blocks=[*map(_block, blocks)],
         pre_ln=_norm(first.pre_ln),
@@ -200,9 +200,9 @@ def _check_kinds(kind: type, modules: Iterable[nn.Module]) -> None:
         raise ValueError(f"the forward of {kind.__name__} is {forward}")
 
 
-def _block(block: Any) -> decode_cpu.Block:
+def _block(block: Any) -> decode_weights.Block:
     attention, feed_forward = block.attention, block.feed_forward
-    return decode_cpu.Block(
+    return decode_weights.Block(
         ln1=_norm(block.ln1),
         ln2=_norm(block.ln2),
         time_decay=attention.time_decay,
@@ -219,20 +219,20 @@ def _block(block: Any) -> decode_cpu.Block:
     )
 
 
-def _norm(norm: Any) -> decode_cpu.Norm:
-    return decode_cpu.Norm(norm.weight, norm.bias, norm.eps)
+def _norm(norm: Any) -> decode_weights.Norm:
+    return decode_weights.Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _matrix(linear: Any) -> decode_cpu.Matrix:
+def _matrix(linear: Any) -> decode_weights.Matrix:
     _check_kinds(nn.Linear, [linear])
     if linear.bias is not None:
         raise ValueError("a matrix has a bias")
     weight = linear.weight
     if not _is_int8(weight):
-        return decode_cpu.Matrix(weight)
+        return decode_weights.Matrix(weight)
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or bool(weight.zero_point.any()):
         raise ValueError("int8 matrices have zero points, or inputs are rounded, too")
-    return decode_cpu.Matrix(weight.qdata, weight.scale)
+    return decode_weights.Matrix(weight.qdata, weight.scale)
 
 
 def _is_int8(weight: Any) -> bool:

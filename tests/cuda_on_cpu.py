@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from modeling_rwkv import decoding
-from rwkv_kernels import decode_cpu, decode_cuda, loader, wkv4, wkv4_cuda
+from rwkv_kernels import decode_cuda, loader, wkv4, wkv4_cuda
+from rwkv_kernels.decode_weights import check
 
 HERE = Path(__file__).parent
 KERNELS = (*wkv4_cuda.PLANS, "sum_pieces")
@@ -151,7 +152,7 @@ def decoding_emulated(folder: Path, processors: int) -> Iterator[list[str]]:
         patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         patch.setattr(decode_cuda, "WARPS", 2)
         patch.setattr(decode_cuda, "THREADS", 2 * decode_cuda.LANES)
-        patch.setattr(decode_cuda, "_check", lambda model, device: decode_cpu._check(model, "cpu"))
+        patch.setattr(decode_cuda, "check", lambda model, device: check(model, "cpu"))
         patch.setattr(decode_cuda, "_kernel", kernel)
         patch.setattr(loader, "launch", launch)
         patch.setitem(decoding.DECODERS, "cpu", decode_cuda.Decoder)
