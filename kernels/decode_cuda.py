@@ -116,9 +116,10 @@ class Decoder:
 
     def _few_rows(self, rows: int, embeddings: "_Table", before: Stack, after: Stack) -> Tensor:
         logits = torch.empty(rows, self.vocab_size, dtype=self.dtype, device=self.device)
+        room = self._room(rows)
         arguments = _Arguments(
             self._model, embeddings, _State(*map(Tensor.data_ptr, before)), _State(*map(Tensor.data_ptr, after)),
-            logits.data_ptr(), *map(Tensor.data_ptr, self._room(rows)),
+            logits.data_ptr(), *map(Tensor.data_ptr, room),
         )  # fmt: skip
         kernel, shared_bytes = self._kernel(SMALL, rows), self._shared_bytes(rows)
         loader.launch(kernel, (self.processors, 1), THREADS, arguments, shared_bytes, together=True)
@@ -141,7 +142,7 @@ class Decoder:
                 receptance=receptance, before=before.wkv[layer], after=after.wkv[layer], out=gated,
                 channels=self.attention_size,
             )  # fmt: skip
-            self._launch("attend", (-(-self.attention_size // THREADS), rows), arguments)
+            self._launch("attend", (rows, -(-self.attention_size // THREADS)), arguments)
             self._enter(
                 "enter_feed_forward", rows, block.ln2, block.feed_forward_mix, stream=stream, out=mixed,
                 before=before.channel_mix[layer], after=after.channel_mix[layer], delta=_product(gated, block.output),
@@ -178,13 +179,21 @@ class Decoder:
         )
 
     def _room(self, rows: int) -> list[Tensor]:
-        """Where blocks of threads tell each other what they found, as in decode_cuda.cu: for each stream its own."""
+        """Where blocks of threads tell each other what they found, as in decode_cuda.cu.
+
+        For each stream its own. That of a graph is zeroed by the graph itself, which may never run or when others do.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return self._new_room(rows)
         key = torch.cuda.current_stream(self.device).cuda_stream, rows
         if key not in self._rooms:
-            sizes = self.hidden_size, self.attention_size, self.intermediate_size, self.hidden_size
-            parts = [torch.empty(rows, size, device=self.device) for size in sizes]
-            self._rooms[key] = [*parts, torch.zeros(2, dtype=torch.int32, device=self.device)]
+            self._rooms[key] = self._new_room(rows)
         return self._rooms[key]
+
+    def _new_room(self, rows: int) -> list[Tensor]:
+        sizes = self.hidden_size, self.attention_size, self.intermediate_size, self.hidden_size
+        parts = [torch.empty(rows, size, device=self.device) for size in sizes]
+        return [*parts, torch.zeros(2, dtype=torch.int32, device=self.device)]
 
     def _shared_bytes(self, rows: int) -> int:
         widest = max(3 * self.hidden_size, self.attention_size, self.intermediate_size)

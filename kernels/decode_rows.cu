@@ -78,9 +78,9 @@ template <int N> WKV_INLINE void enter(const Entering& all) {
 }
 
 WKV_INLINE void attend(const Attending& all) {
-    const int i = blockIdx.x * THREADS + threadIdx.x;
+    const int i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= all.channels) return;
-    const Int at = Int(blockIdx.y) * all.channels + i, state = Int(3) * blockIdx.y * all.channels + i;
+    const Int at = Int(blockIdx.x) * all.channels + i, state = Int(3) * blockIdx.x * all.channels + i;
     const float* const from = all.before + state;
     const wkv4::State<float> before{from[0], from[all.channels], from[2 * all.channels]};
     const float x = wkv(read_time(all.time_decay, i), read_time(all.time_first, i), widen(all.key[at]), widen(all.value[at]),

@@ -150,6 +150,7 @@ def decoding_emulated(folder: Path, processors: int) -> Iterator[list[str]]:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(decode_cuda, "WARPS", 2)
         patch.setattr(decode_cuda, "THREADS", 2 * decode_cuda.LANES)
         patch.setattr(decode_cuda, "check", lambda model, device: check(model, "cpu"))

@@ -69,6 +69,16 @@ def text(rows: int, length: int, vocab_size: int = 61, seed: int = 0) -> Tensor:
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed + 100 * length))
 
 
+@torch.no_grad()
+def read(model, ids, native=True, begin=3, cache=None):
+    """Logits of one token after another, and the cache, after ``begin`` tokens at once."""
+    model.native_decoding = native
+    cache = model(ids[:, :begin], past_key_values=cache, use_cache=True).past_key_values
+    logits = [model(token[:, None], past_key_values=cache, use_cache=True).logits for token in ids[:, begin:].T]
+    del model.native_decoding
+    return torch.cat(logits, 1), cache
+
+
 def padded(rows: list[Tensor], side: str = "left", filler: int = 0) -> tuple[Tensor, Tensor]:
     """Texts (n,) of several lengths as one batch and its mask."""
     longest = max(map(len, rows))

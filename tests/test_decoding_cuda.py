@@ -1,12 +1,9 @@
 """Laws about the next token on a GPU. Kernels run from their source on a CPU, thread by thread; some need a GPU."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from cuda_on_cpu import decoding_emulated
-from models import agree, contents, make, padded, same, text
+from models import agree, contents, make, padded, read, same, text
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -33,16 +30,6 @@ def folder(tmp_path_factory):
 def launches(folder):
     with decoding_emulated(folder, processors=3) as names:
         yield names
-
-
-@torch.no_grad()
-def read(model, ids, native=True, begin=3, cache=None):
-    """Logits of one token after another, and the cache, after ``begin`` tokens at once."""
-    model.native_decoding = native
-    cache = model(ids[:, :begin], past_key_values=cache, use_cache=True).past_key_values
-    logits = [model(token[:, None], past_key_values=cache, use_cache=True).logits for token in ids[:, begin:].T]
-    del model.native_decoding
-    return torch.cat(logits, 1), cache
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, decode_cuda.MOST_ROWS + 1])
@@ -92,9 +79,13 @@ def test_vectors_may_be_of_more_bits_than_matrices(launches):
 
 
 def test_what_embeddings_make_of_ids_is_what_is_read(launches):
+    class Rolled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids).roll(1, -1)
+
     model, ids = make(PLAIN), text(2, 5)
     plain, _ = read(model, ids)
-    model.rwkv.embeddings.register_forward_hook(lambda module, inputs, output: output.roll(1, -1))
+    model.set_input_embeddings(Rolled.from_pretrained(model.get_input_embeddings().weight))
     (logits, _), (expected, _) = read(model, ids), read(model, ids, native=False)
     assert len(launches) == 2 * 2 and not torch.allclose(plain, expected, atol=1e-2)
     agree(logits, expected, atol=1e-4)
@@ -150,6 +141,28 @@ def test_a_static_cache_is_written_over_and_its_clone_is_not(launches):
     same(one, read(model, torch.cat([ids, ids[:, :1]], 1), cache=RwkvStaticCache())[0][:, -1:])
 
 
+def test_who_captures_tokens_in_a_graph_shares_no_counters(launches, monkeypatch):
+    """Those of a graph are zeroed when it runs, those of a stream once."""
+    model = make(PLAIN)
+    read(model, text(1, 5))
+    room = decoding._plan_of(model).decoder._room
+    of_the_stream = {x.data_ptr() for x in room(1)}
+    assert {x.data_ptr() for x in room(1)} == of_the_stream
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    one, other = room(1), room(1)
+    assert len({x.data_ptr() for x in one + other} | of_the_stream) == 3 * len(one)
+
+
+def test_a_batch_may_have_more_rows_than_a_grid_is_high(launches, monkeypatch):
+    model, rows, grids = make(SHAPES["narrow"]), 2**16 + 1, []
+    read(model, text(1, 5))
+    decoder = decoding._plan_of(model).decoder
+    monkeypatch.setattr(loader, "launch", lambda kernel, blocks, *_: grids.append(blocks))
+    states = decode_cuda.Stack(torch.zeros(1, rows, 16), torch.zeros(1, rows, 16), torch.zeros(1, rows, 3, 8))
+    decoder.step(torch.zeros(rows, 1, dtype=torch.int64), model.rwkv.embeddings.weight.detach(), states, states)
+    assert grids and max(height for _, height in grids) < 2**16
+
+
 OPTIONS = ({}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True})
 
 
@@ -172,26 +185,6 @@ def test_generation_with_a_static_cache_writes_the_same(options):
         written.append(result.sequences)
         assert type(result.past_key_values) is (RwkvStaticCache if cache else RwkvCache)
     same(*written)
-
-
-def test_a_static_cache_is_not_made_where_a_cache_is_given():
-    model, ids = make(PLAIN), text(1, 4)
-    with torch.no_grad():
-        past = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(text(1, 5), past_key_values=past, cache_implementation="static", max_new_tokens=2)
-    static = RwkvStaticCache()
-    result = model.generate(ids, past_key_values=static, max_new_tokens=3, return_dict_in_generate=True)
-    assert result.past_key_values is static and static.seen_tokens == 6
-
-
-def test_a_static_cache_does_not_keep_its_model(launches):
-    model = make(PLAIN)
-    _, cache = read(model, text(1, 5), cache=RwkvStaticCache())
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None and cache.seen_tokens == 5
 
 
 def test_a_step_compiles_whole_and_not_again():
@@ -284,9 +277,12 @@ def test_on_a_gpu_adapters_are_replayed_and_hooks_are_heard():
     model, ids = make(PLAIN).to(HERE), text(3, 9).to(HERE)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["key"], init_lora_weights=False))
     adapted.eval()
-    static, _ = read(model, ids, cache=RwkvStaticCache())
-    assert any(decoding._plan_of(model).replays.values())
+    static, cache = read(model, ids, cache=RwkvStaticCache())
+    assert any(cache.plan[1].replays.values())
     agree(static, read(model, ids, native=False)[0], atol=1e-4)
+    with adapted.disable_adapter():
+        static, _ = read(model, ids, cache=RwkvStaticCache())
+        agree(static, read(model, ids, native=False)[0], atol=1e-4)
     heard = []
     model.rwkv.blocks[0].register_forward_hook(lambda *_: heard.append(1))
     read(model, ids, cache=RwkvStaticCache())
@@ -305,3 +301,19 @@ def test_on_a_gpu_a_token_can_be_captured_in_a_graph_of_somebody_else():
             logits = model(one, past_key_values=cache, use_cache=True).logits
         graph.replay()
     same(logits, expected)
+
+
+@on_a_gpu
+def test_on_a_gpu_what_cannot_be_captured_runs_where_it_ran_before():
+    class Waiting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + 0 * x.sum().item())
+
+    model, ids, stream = make(PLAIN).to(HERE), text(2, 9).to(HERE), torch.cuda.current_stream()
+    head = Waiting(PLAIN["hidden_size"], PLAIN["vocab_size"], bias=False, device=HERE)
+    head.weight = model.head.weight
+    model.set_output_embeddings(head)
+    logits, _ = read(model, ids, cache=RwkvStaticCache())
+    assert torch.cuda.current_stream() == stream
+    agree(logits, read(model, ids, native=False)[0], atol=1e-4)
+    assert torch.rand(3, device=HERE).isfinite().all()
