@@ -88,11 +88,16 @@ def _plan_of(model: nn.Module) -> "_Plan":
 
 
 def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan":
-    """A static cache keeps to the plan that it began with."""
+    """A static cache keeps to the plan that it began with.
+
+    Where there are modules of others, such as adapters that can be switched off, what is looked at does not tell all
+    that they compute: a graph of them is of one cache.
+    """
     if not isinstance(cache, RwkvStaticCache):
         return _plan_of(model)
     if cache.plan is None or cache.plan[0]() is not model:
-        cache.plan = weakref.ref(model), _plan_of(model)
+        plan = _plan_of(model)
+        cache.plan = weakref.ref(model), plan if plan.is_ours else _Plan(model)
     return cache.plan[1]
 
 
@@ -103,12 +108,13 @@ class _Plan:
     """
 
     def __init__(self, model: Any) -> None:
-        modules = [model.rwkv, *model.rwkv.blocks.modules(), model.rwkv.ln_out, model.head]
+        modules = [*model.rwkv.modules(), *model.head.modules()]
         self._attributes = [module.__dict__ for module in modules]
         self._hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
         slots = [(model._modules, "rwkv"), (model._modules, "head")]
         for module in modules:
-            slots += [(parts, name) for parts in (module._modules, module._parameters) for name in parts]
+            kept = module._modules, module._parameters, module._buffers
+            slots += [(parts, name) for parts in kept for name in parts]
             slots += [(module.__dict__, "eps")] if "eps" in module.__dict__ else []
             slots += [(x.__dict__, name) for x in module._parameters.values() if _is_int8(x) for name in _INT8_PARTS]
         self._holders, self._names = zip(*slots, strict=True)
@@ -117,11 +123,12 @@ class _Plan:
         self.decoder: decode_cpu.Decoder | decode_cuda.Decoder | None = None
         self.replays: dict[tuple[int, int], Replay | None] = {}
         self.reason: str | None = None
+        self.is_ours = False  # whether this package's modules, and embeddings, are all that there is
         self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
         try:
             weights = _weights(model)
+            self.is_ours = type(model.rwkv.embeddings) is nn.Embedding
             self.decoder = DECODERS.get(weights.head.data.device.type, decode_cpu.Decoder)(weights)
-            self._tensors = self.decoder.tensors
         except (ValueError, Unavailable) as error:
             self.reason = str(error)
         self._places = self._where()
@@ -152,7 +159,11 @@ class _Plan:
         return None if logits is None else (logits, after)
 
     def _replay(self, model: Any, past: RwkvStaticCache) -> Replay | None:
-        key = past.batch_size, torch.cuda.current_stream().cuda_stream
+        device = past.layers[0].wkv.device
+        if model.training or model.device != device or torch.cuda.is_current_stream_capturing():
+            return None
+        past.check_sizes(model.config, "past_key_values")
+        key = past.batch_size, torch.cuda.current_stream(device).cuda_stream
         if key not in self.replays:
             decoder = self.decoder if isinstance(self.decoder, decode_cuda.Decoder) else None
             self.replays[key] = Replay.of(model, decoder, past.layers)

@@ -19,8 +19,11 @@ class RwkvGenerationMixin(StopStringMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        past = model_kwargs.get("past_key_values")
+        if isinstance(past, RwkvStaticCache):  # the model may have changed since
+            past.plan = None
         is_static = generation_config.cache_implementation == "static" and generation_config.use_cache is not False
-        if is_static and model_kwargs.get("past_key_values") is None:
+        if is_static and past is None:
             model_kwargs["past_key_values"] = RwkvStaticCache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -31,6 +31,10 @@ class StackedLayers(list[LayerState]):
         """``layers``, copied if they are not stacked."""
         return layers if isinstance(layers, cls) else cls(Stack.of(layers))
 
+    def __reduce__(self) -> tuple[type, tuple[Stack]]:
+        """Copied and pickled, its parts stay views."""
+        return StackedLayers, (self.stack,)
+
     def empty_like(self) -> "StackedLayers":
         return StackedLayers(self.stack.empty_like())
 
@@ -39,15 +43,23 @@ class RwkvStaticCache(RwkvCache):
     """An :class:`RwkvCache` whose tensors are used again: what ``layers`` held is gone after the next tokens.
 
     On a GPU one more token of a batch of any size then costs no allocation and next to no work of the CPU. A
-    :meth:`clone` keeps a state. While it is in use, weights may be edited in place but not replaced or moved.
+    :meth:`clone` keeps a state. Until `generate` is given it again, or :meth:`reset`, weights may be edited in place
+    but not replaced or moved, nor adapters switched.
 
-    plan: how its model, held weakly, computes its next token; see decoding.py.
+    plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.plan: tuple[weakref.ref[Any], Any] | None = None
         self._pair: tuple[StackedLayers, StackedLayers] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None, "_pair": None}
+
+    def reset(self) -> None:
+        super().reset()
+        self.plan = None
 
     def other_than(self, layers: StackedLayers) -> StackedLayers:
         """Room for the states after those in ``layers``: two take turns."""
@@ -81,10 +93,11 @@ class Replay:
     def of(cls, model: Any, decoder: Decoder | None, layers: list[LayerState]) -> "Replay | None":
         """None, and a warning, where something in the model cannot be captured."""
         devices = {x.device for x in model.parameters()}
-        if len(devices) > 1 or model.training or torch.cuda.is_current_stream_capturing():
+        if len(devices) > 1:
             return None
+        current = torch.cuda.current_stream(layers[0].wkv.device)  # PyTorch does not return to it from a failure
         try:
-            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(layers[0].wkv.device):
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(current):
                 return cls(model, decoder, layers)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
@@ -121,8 +134,7 @@ class Replay:
 def table_of(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Ids (B, 1), and a table (any number, C) whose rows they are: the embeddings, or what these make of the ids."""
     embeddings = model.rwkv.embeddings
-    watched = embeddings._forward_hooks or embeddings._forward_pre_hooks or "forward" in embeddings.__dict__
-    if type(embeddings) is nn.Embedding and embeddings.max_norm is None and not watched:
+    if type(embeddings) is nn.Embedding and embeddings.max_norm is None:
         return input_ids, embeddings.weight
     x = embeddings(input_ids)[:, 0].contiguous()
     return torch.arange(len(x), device=x.device)[:, None], x

@@ -272,6 +272,10 @@ def _with_hook(model):
     model.rwkv.blocks[1].attention.output.register_forward_hook(lambda module, inputs, output: output * 2)
 
 
+def _with_hook_on_embeddings(model):
+    model.rwkv.embeddings.register_forward_hook(lambda module, inputs, output: output.roll(1, -1))
+
+
 def _with_pre_hook(model):
     model.rwkv.blocks[1].ln1.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5 + 1,))
 
@@ -293,7 +297,8 @@ def _with_another_module(model):
 
 
 WATCHED = (
-    _with_lora, _with_hook, _with_pre_hook, _with_another_forward, _with_parametrization, _with_another_module,
+    _with_lora, _with_hook, _with_hook_on_embeddings, _with_pre_hook, _with_another_forward, _with_parametrization,
+    _with_another_module,
 )  # fmt: skip
 
 
@@ -428,6 +433,14 @@ def test_many_rows_are_for_the_modules(dtype, most, steps):
     assert steps == [most] * 2
     read(model, text(most + 1, 5))
     assert steps == [most] * 2
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_hook_on_embeddings_hears_each_token_once(rows):
+    model, heard = make(ODD), []
+    model.rwkv.embeddings.register_forward_hook(lambda *_: heard.append(1))
+    read(model, text(rows, 7))
+    assert len(heard) == 5
 
 
 def test_a_state_that_is_laid_out_otherwise_is_for_the_modules(steps):
