@@ -40,6 +40,24 @@ def test_every_way_is_timed_for_every_batch(run, program, tmp_path):
     assert all(f" {way} " in out for way in program.WAYS)
 
 
+def test_the_peak_is_that_of_the_first_writing(run, program, monkeypatch):
+    """Later ones find a graph, and its memory, there."""
+    write, peak, written, first = program.write, program.peak, [], []
+
+    def spied_write(way, model, ids, tokens):
+        written.append((way, model, len(ids)))
+        return write(way, model, ids, tokens)
+
+    def spied_peak(way, model, ids, tokens):
+        first.append((way, model, len(ids)) not in written)
+        return peak(way, model, ids, tokens)
+
+    monkeypatch.setattr(program, "write", spied_write)
+    monkeypatch.setattr(program, "peak", spied_peak)
+    run("--batches", "3", "5", "--ways", "ours", "ours, static")
+    assert first == [True] * 4
+
+
 def test_no_speed_is_shown_where_texts_differ(run, program, monkeypatch, tmp_path):
     write = program.write
     wrong = lambda way, *rest: write(way, *rest) + (way == program.STATIC)  # noqa: E731
