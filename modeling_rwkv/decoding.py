@@ -149,7 +149,7 @@ class _Plan:
             result = decoder.step(model.rwkv.embeddings(input_ids)[:, 0], past.layers) if input_ids.is_cpu else None
             return None if result is None else (result[0], [LayerState(*state) for state in result[1]])
         if isinstance(past, RwkvStaticCache) and (decoder is None or len(input_ids) > decoder.few):
-            replay = self._replay(model, past) if input_ids.is_cuda else None
+            replay = self._replay(model, input_ids, past) if input_ids.is_cuda else None
             return None if replay is None else replay.step(input_ids, past)
         if decoder is None:
             return None
@@ -158,9 +158,9 @@ class _Plan:
         logits = decoder.step(*table_of(model, input_ids), before.stack, after.stack)
         return None if logits is None else (logits, after)
 
-    def _replay(self, model: Any, past: RwkvStaticCache) -> Replay | None:
-        device = past.layers[0].wkv.device
-        if model.training or model.device != device or torch.cuda.is_current_stream_capturing():
+    def _replay(self, model: Any, input_ids: Tensor, past: RwkvStaticCache) -> Replay | None:
+        device = input_ids.device
+        if model.training or past.layers[0].wkv.device != device or torch.cuda.is_current_stream_capturing():
             return None
         past.check_sizes(model.config, "past_key_values")
         key = past.batch_size, torch.cuda.current_stream(device).cuda_stream

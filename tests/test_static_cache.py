@@ -85,7 +85,7 @@ def graph_of(launches, monkeypatch):
         cache = RwkvStaticCache() if cache is None else cache
         with torch.no_grad():
             (sizes_of or model)(text(5, 3, 31), past_key_values=cache, use_cache=True)
-        return decoding._plan_for(model, cache)._replay(model, cache)
+        return decoding._plan_for(model, cache)._replay(model, text(5, 1, 31), cache)
 
     return graph_of
 
