@@ -104,7 +104,7 @@ def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan":
 class _Plan:
     """A decoder of a model, or the reason that there is none; and what shows whether that is still so.
 
-    replays: the model as a CUDA graph, for each number of rows and stream; None where it cannot be one.
+    replays: the model as a CUDA graph, for each number of rows, stream and kind of state; None where it cannot be one.
     """
 
     def __init__(self, model: Any) -> None:
@@ -121,7 +121,7 @@ class _Plan:
         self._kinds = {type(module) for module in modules}
         self._held = self._now()
         self.decoder: decode_cpu.Decoder | decode_cuda.Decoder | None = None
-        self.replays: dict[tuple[int, int], Replay | None] = {}
+        self.replays: dict[tuple[Any, ...], Replay | None] = {}
         self.reason: str | None = None
         self.is_ours = False  # whether this package's modules, and embeddings, are all that there is
         self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
@@ -163,7 +163,7 @@ class _Plan:
         if model.training or past.layers[0].wkv.device != device or torch.cuda.is_current_stream_capturing():
             return None
         past.check_sizes(model.config, "past_key_values")
-        key = past.batch_size, torch.cuda.current_stream(device).cuda_stream
+        key = past.batch_size, torch.cuda.current_stream(device).cuda_stream, *map(_DTYPE, past.layers[0])
         if key not in self.replays:
             decoder = self.decoder if isinstance(self.decoder, decode_cuda.Decoder) else None
             self.replays[key] = Replay.of(model, decoder, past.layers)

@@ -127,6 +127,14 @@ def test_no_graph_is_used_in_training_and_one_is_after_it(graph_of):
     assert graph_of(model.train()) is None
 
 
+def test_a_state_in_another_dtype_is_not_what_others_are_converted_to(graph_of):
+    """As after reading a file of this model in other bits: until modules have run, it stays so."""
+    model, cache = make(PLAIN), RwkvStaticCache()
+    usual, other = graph_of(model, cache), cache.to(torch.bfloat16)
+    assert decoding._plan_for(model, other)._replay(model, text(5, 1), other) is not usual
+    assert graph_of(model) is usual
+
+
 def test_a_graph_is_not_given_the_state_of_another_model(graph_of):
     model = make(PLAIN)
     graph_of(model)
