@@ -57,6 +57,15 @@ class RwkvStaticCache(RwkvCache):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None, "_pair": None}
 
+    def _apply(self, change: Any) -> None:
+        """What `detach` and `to` return is not written over either."""
+
+        def apart(x: Tensor) -> Tensor:
+            y: Tensor = change(x)
+            return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+        super()._apply(apart)
+
     def reset(self) -> None:
         super().reset()
         self.plan = None

@@ -59,6 +59,18 @@ def test_copies_of_a_static_cache_go_on_by_themselves(copied, launches):
     same(contents(other), contents(cache))
 
 
+@pytest.mark.parametrize("keep", [RwkvStaticCache.clone, RwkvStaticCache.detach, lambda cache: cache.to("cpu")])
+def test_what_is_kept_of_a_static_cache_is_not_written_over(keep, launches):
+    model, ids = make(PLAIN), text(2, 5)
+    _, cache = read(model, ids, cache=RwkvStaticCache())
+    kept = keep(cache)
+    before = copy.deepcopy(contents(kept))
+    with torch.no_grad():
+        for token in ids.T:
+            model(token[:, None], past_key_values=cache, use_cache=True)
+    same(contents(kept), before)
+
+
 def test_generate_sees_what_changed_since_it_was_given_a_static_cache(launches):
     model, ids = make(PLAIN), text(2, 5)
     _, cache = read(model, ids, cache=RwkvStaticCache())
