@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_kernels import loader
-from rwkv_kernels.decode_weights import DTYPES, BlockPointers, Model, ModelPointers, State, check, pointers, tensors_of
+from rwkv_kernels.decode_weights import DTYPES, BlockPointers, Model, ModelPointers, State, check, pointers
 from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
 # Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast: of
@@ -30,7 +30,7 @@ class Decoder:
 
     def __init__(self, model: Model) -> None:
         check(model, "cpu")
-        self.tensors = list(tensors_of(model))
+        self.model = model  # which keeps what is pointed to
         self.dtype = model.dtype
         self.hidden_size, self.attention_size = model.head.data.shape[1], len(model.blocks[0].time_decay)
         self.vocab_size = len(model.head.data)

@@ -52,10 +52,6 @@ class Stack(NamedTuple):
     def empty_like(self) -> "Stack":
         return Stack(*map(torch.empty_like, self))
 
-    def states(self) -> list[State]:
-        """Those of each block, as views."""
-        return list(zip(*map(Tensor.unbind, self), strict=True))
-
 
 class Decoder:
     """A model whose tokens are computed from its weights where they lie: edits are seen, replacements are not.
@@ -72,13 +68,9 @@ class Decoder:
         check(model, "cuda")
         first = model.blocks[0]
         self.model, self.tensors = model, list(tensors_of(model))
-        self.dtype, self.device = model.head.data.dtype, model.head.data.device
-        if (
-            self.dtype not in DTYPES
-            or first.key.scales is not None
-            or any(x.device != self.device for x in self.tensors)
-        ):
-            raise ValueError("matrices are int8, or not all on one device: the kernel reads floats of its own device")
+        self.dtype, self.device = model.dtype, model.head.data.device
+        if any(x.dtype == torch.int8 or x.device != self.device for x in self.tensors):
+            raise ValueError("a matrix is int8, or on another device: the kernels read floats of their own device")
         self.vocab_size, self.hidden_size = model.head.data.shape
         self.attention_size, self.intermediate_size = len(first.time_decay), len(first.feed_forward_key.data)
         sizes = self.hidden_size, self.attention_size, self.intermediate_size

@@ -104,9 +104,19 @@ def _unaligned(model):
     weight.data = torch.cat([torch.zeros(1), weight.data.flatten()])[1:].view_as(weight)
 
 
+def _one_matrix_of_int8(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model.rwkv.blocks[1].feed_forward, torchao.Int8WeightOnlyConfig())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(_one_vector_of_other_bits, "one of each"), (_bias, "bias"), (_unaligned, "multiple of 16")],
+    [
+        (_one_matrix_of_int8, "int8"),
+        (_one_vector_of_other_bits, "one of each"),
+        (_bias, "bias"),
+        (_unaligned, "multiple of 16"),
+    ],
 )
 def test_what_the_kernels_do_not_take_is_left_to_the_modules(change, reason, launches):
     model, ids = make(PLAIN), text(2, 5)
