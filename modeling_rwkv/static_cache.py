@@ -110,6 +110,8 @@ class Replay:
                 return cls(model, decoder, layers)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
+            random = torch.cuda.default_generators[current.device_index]
+            random.graphsafe_set_state(random.clone_state())  # before 2.13, the old one still counts for the capture
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed module by module.")
             return None
 
