@@ -5,7 +5,8 @@
 //
 // Between weights and what is returned all is float32, which has room for any residual stream: none is scaled. Threads
 // share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
-// each other four times a block. A number is the same sum in the same order whatever the number of threads or rows.
+// each other four times a block. A number is the same sum in the same order whatever the number of threads or rows; but
+// for bfloat16 on a CPU with a matrix unit, which one row alone does without.
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +18,7 @@
 #include <omp.h>
 #endif
 
+#include "decode_amx.h"
 #include "decode_products.h"
 #include "wkv4_vectors.h"
 
@@ -52,6 +54,7 @@ struct State {
 };
 struct Step {
     int64_t rows, threads, dtype;  // B; of x, logits and what is kept for token shifts
+    int64_t amx;  // whether there is a matrix unit, see decode_amx.h
     const void* x;  // (B, C), the embeddings of the token
     const State *before, *after;  // (layers)
     void* logits;  // (B, V)
@@ -155,6 +158,7 @@ class Worker {
     Shared& shared;
     const int64_t rows, thread, threads;
     Rows normed, mixed, arranged, logits;  // its own
+    amx::Pieces pieces;
 
   public:
     Worker(const Model& model, const Step& step, Shared& shared, int64_t thread, int64_t threads)
@@ -163,6 +167,7 @@ class Worker {
           arranged(rows, std::max({shared.x.columns, shared.key.columns, shared.hidden.columns})), logits(rows, TOKENS) {}
 
     void run() {
+        const amx::Session session(step.amx);
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const Block& block = model.blocks[layer];
             attend(block, step.before[layer], step.after[layer]);
@@ -185,9 +190,10 @@ class Worker {
 
     // Of some tokens at a time: all of them for many rows would be megabytes.
     void write_logits(Range part) {
+        prepare(model.head, normed);
         for (int64_t token = part.begin; token < part.end; token += logits.columns) {
             const int64_t count = std::min(part.end - token, logits.columns);
-            multiply(model.head.from(token), normed, {0, count}, logits);
+            multiply_prepared(model.head.from(token), normed, {0, count}, logits);
             for (int64_t b = 0; b < rows; ++b) {
                 each_vector({0, count}, [&](int64_t i, auto lanes) {
                     write(step.logits, step.dtype, b * model.head.rows + token + i, logits.get(b, i), lanes);
@@ -206,15 +212,35 @@ class Worker {
         });
     }
 
-    // Rows `part` of a matrix times `in`.
-    void multiply(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
-        const auto arranged_by = [&](auto arrange) -> const Rows& { return arrange(rows, in, arranged), arranged; };
+    // As a product with such a matrix reads it.
+    void prepare(const Matrix& matrix, const Rows& in) {
+        switch (matrix.dtype) {
+            case 1: return by_amx<BFloat16>() ? amx::split<BFloat16>(rows, in, pieces) : arrange<2>(rows, in, arranged);
+            case 3: return by_amx<Int8>() ? amx::split<Int8>(rows, in, pieces) : arrange<4>(rows, in, arranged);
+        }
+    }
+
+    // Rows `part` of a matrix times `in`, which is prepared.
+    void multiply_prepared(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
         switch (matrix.dtype) {
             case 0: return product<float>(matrix, rows, part, in, out);
-            case 1: return product<BFloat16>(matrix, rows, part, arranged_by(arrange<2>), out);
+            case 1: return narrow_product<BFloat16>(matrix, part, out);
             case 2: return product<Float16>(matrix, rows, part, in, out);
-            default: return product<Int8>(matrix, rows, part, arranged_by(arrange<4>), out);
+            default: return narrow_product<Int8>(matrix, part, out);
         }
+    }
+
+    template <class E> void narrow_product(const Matrix& matrix, Range part, Rows& out) {
+        if (by_amx<E>()) return amx::product<E>(matrix, rows, part, pieces, out);
+        product<E>(matrix, rows, part, arranged, out);
+    }
+
+    // One row of bfloat16 takes as long without.
+    template <class E> bool by_amx() const { return step.amx && (rows > 1 || std::is_same_v<E, Int8>); }
+
+    void multiply(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
+        prepare(matrix, in);
+        multiply_prepared(matrix, in, part, out);
     }
 
     // A matrix times the norm of the residual stream, mixed with what was there before.
@@ -301,5 +327,8 @@ void run(const Model& model, const Step& step) {
 }
 
 }  // namespace decode
+
+// Whether there is a matrix unit for bfloat16 and int8.
+extern "C" int decode_cpu_has_amx() { return decode::amx::is_allowed(); }
 
 extern "C" void decode_cpu(const decode::Model* model, const decode::Step* step) { decode::run(*model, *step); }

@@ -15,9 +15,9 @@ from rwkv_kernels import loader
 from rwkv_kernels.decode_weights import DTYPES, BlockPointers, Model, ModelPointers, State, check, pointers
 from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
-# Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast: of
-# bfloat16 sooner, for which CPUs have instructions (AMX) that nothing here uses.
+# Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast.
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32}
+MOST_ROWS_BY_AMX = MOST_ROWS | {torch.bfloat16: 96, torch.int8: 128}
 
 
 class Decoder:
@@ -34,13 +34,14 @@ class Decoder:
         self.dtype = model.dtype
         self.hidden_size, self.attention_size = model.head.data.shape[1], len(model.blocks[0].time_decay)
         self.vocab_size = len(model.head.data)
-        self.most_rows = MOST_ROWS[model.blocks[0].key.data.dtype]
+        self.amx = has_amx()
+        self.most_rows = (MOST_ROWS_BY_AMX if self.amx else MOST_ROWS)[model.blocks[0].key.data.dtype]
         self._blocks = (BlockPointers * len(model.blocks))(
             *(BlockPointers(*map(pointers, block)) for block in model.blocks)
         )
         rest = map(pointers, (model.pre_ln, model.ln_out, model.head))
         self._model = ModelPointers(len(model.blocks), ctypes.addressof(self._blocks), *rest)
-        self._run = _library()
+        self._run = _library().decode_cpu
 
     def step(self, x: Tensor, before: Sequence[State]) -> tuple[Tensor, list[State]] | None:
         """Logits (B, V) of the next token, and the states after this one; None for what the kernel does not take.
@@ -63,8 +64,8 @@ class Decoder:
         several = Pointer * (3 * len(before))
         states = [several(*map(Tensor.data_ptr, _flat(side))) for side in (before, after)]
         step = _Step(
-            rows, torch.get_num_threads(), DTYPES.index(dtype), x.data_ptr(), *map(ctypes.addressof, states),
-            logits.data_ptr(),
+            rows, torch.get_num_threads(), DTYPES.index(dtype), self.amx, x.data_ptr(),
+            *map(ctypes.addressof, states), logits.data_ptr(),
         )  # fmt: skip
         self._run(ctypes.byref(self._model), ctypes.byref(step))
         return logits, after
@@ -84,11 +85,17 @@ def _fits(x: Tensor, kind: tuple[tuple[int, ...], torch.dtype]) -> bool:
 
 
 class _Step(ctypes.Structure):
-    _fields_ = fields(Integer, "rows threads dtype") + fields(Pointer, "x before after logits")
+    _fields_ = fields(Integer, "rows threads dtype amx") + fields(Pointer, "x before after logits")
 
 
 @functools.cache
-def _library() -> Any:
-    run = loader.cpu_library("decode_cpu.cpp").decode_cpu
-    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p), None
-    return run
+def has_amx() -> bool:
+    """Whether the CPU has a matrix unit, which then multiplies bfloat16 and int8, of any number of rows."""
+    return bool(_library().decode_cpu_has_amx())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = loader.cpu_library("decode_cpu.cpp")
+    library.decode_cpu.argtypes, library.decode_cpu.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    return library

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 # Kernels are compiled once for all tests, and not into the user's own cache.
 os.environ["RWKV_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "kernels")
 
@@ -18,3 +20,21 @@ os.environ["RWKV_V7_ON"] = "0"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The rows of every token that a kernel computed at once on a CPU."""
+    from rwkv_kernels import decode_cpu
+
+    rows: list[int] = []
+    step = decode_cpu.Decoder.step
+
+    def counted(self, x, before):
+        result = step(self, x, before)
+        if result is not None:
+            rows.append(len(x))
+        return result
+
+    monkeypatch.setattr(decode_cpu.Decoder, "step", counted)
+    return rows

@@ -35,6 +35,7 @@ SHAPES = {
     "one channel": {"vocab_size": 5, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 2},
 }
 PLAIN = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "rescale_every": 2}
+ODD = PLAIN | {"hidden_size": 37, "attention_hidden_size": 50, "intermediate_size": 101}
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # two runs of the same float32 sums in another order
 
@@ -77,6 +78,11 @@ def read(model, ids, native=True, begin=3, cache=None):
     logits = [model(token[:, None], past_key_values=cache, use_cache=True).logits for token in ids[:, begin:].T]
     del model.native_decoding
     return torch.cat(logits, 1), cache
+
+
+def both(model, ids):
+    """What `read` gives with and without kernels for the next token."""
+    return read(model, ids), read(model, ids, native=False)
 
 
 def padded(rows: list[Tensor], side: str = "left", filler: int = 0) -> tuple[Tensor, Tensor]:
