@@ -24,6 +24,8 @@ constexpr int WIDTH = 64;   // bytes of a row of it
 constexpr int SUMS = 6;     // tiles of sums that are added to at once
 constexpr int WEIGHTS = 6;  // the tile that they share, and that of what the weights meet
 constexpr int INPUT = 7;
+constexpr int64_t CACHED_TILES = 768;  // of what weights meet: in the second cache, beside some weights
+constexpr int64_t STRIPS = 32;         // of 16 rows of a matrix, that meet these before others are read
 
 typedef Vector<uint32_t, SIDE> Row;
 struct alignas(WIDTH) Tile {
@@ -189,13 +191,14 @@ ALWAYS_INLINE Floats join(const Row* sums, float unit, Int8) {
     return (sum(0) * 65536 + (sum(1) * 256 + sum(2))) * unit;
 }
 
-// Up to 16 rows of a matrix, `part`, times N tiles side by side, from `first` on.
+// Adds to N tiles of sums, side by side from `first` on, up to 16 rows of a matrix, `part`, times some of their tiles.
 template <class E, int N>
-void sum_tiles(const Matrix& matrix, Range part, const Pieces& in, int64_t first, Tile* sums) {
-    const int64_t stride = matrix.columns * sizeof(E), whole = part.end - part.begin == SIDE ? stride / WIDTH : 0;
-    const char* from = static_cast<const char*>(matrix.data) + part.begin * stride;
-    const Tile* x = in.all.data() + first;
-    unrolled<N>([&](auto n) ALWAYS_INLINED { clear<n>(); });
+void add_products(const Matrix& matrix, Range part, Range steps, const Pieces& in, int64_t first, Tile* sums) {
+    const int64_t stride = matrix.columns * sizeof(E);
+    const int64_t whole = part.end - part.begin == SIDE ? std::min(steps.end, stride / WIDTH) : steps.begin;
+    const char* from = static_cast<const char*>(matrix.data) + part.begin * stride + steps.begin * WIDTH;
+    const Tile* x = in.all.data() + steps.begin * in.tiles + first;
+    unrolled<N>([&](auto n) ALWAYS_INLINED { steps.begin == 0 ? clear<n>() : load<n>(&sums[first + n], WIDTH); });
     const auto add_all = [&] {
         unrolled<N>([&](auto n) ALWAYS_INLINED {
             load<INPUT>(x + n, WIDTH);
@@ -203,45 +206,60 @@ void sum_tiles(const Matrix& matrix, Range part, const Pieces& in, int64_t first
         });
         from += WIDTH, x += in.tiles;
     };
-    for (int64_t k = 0; k < whole; ++k) {
+    for (int64_t k = steps.begin; k < whole; ++k) {
         load<WEIGHTS>(from, stride);
         unrolled<SIDE>([&](auto i) ALWAYS_INLINED { __builtin_prefetch(from + (SIDE + i) * stride, 0, 2); });
         add_all();
     }
-    for (int64_t at = whole * WIDTH; at < stride; at += WIDTH) {  // what is not a whole tile, and zeros
+    for (int64_t k = whole; k < steps.end; ++k) {  // what is not a whole tile, and zeros
         Tile tile{};
         for (int64_t row = part.begin; row < part.end; ++row) {
             const int64_t i = row - part.begin;
-            std::memcpy(&tile.row[i], from + i * stride, std::min<int64_t>(WIDTH, stride - at));
+            std::memcpy(&tile.row[i], from + i * stride, std::min<int64_t>(WIDTH, stride - k * WIDTH));
         }
         load<WEIGHTS>(&tile, WIDTH);
         add_all();
     }
-    unrolled<N>([&](auto n) ALWAYS_INLINED { store<n>(sums[n]); });
+    unrolled<N>([&](auto n) ALWAYS_INLINED { store<n>(sums[first + n]); });
 }
 
-template <class E, int... N> constexpr auto sums_of(std::integer_sequence<int, N...>) {
-    using Sum = void (*)(const Matrix&, Range, const Pieces&, int64_t, Tile*);
-    return std::array<Sum, sizeof...(N)>{sum_tiles<E, N + 1>...};
+template <class E, int... N> constexpr auto adders(std::integer_sequence<int, N...>) {
+    using Adder = void (*)(const Matrix&, Range, Range, const Pieces&, int64_t, Tile*);
+    return std::array<Adder, sizeof...(N)>{add_products<E, N + 1>...};
 }
 
 // Rows `range` of a matrix times `batch` rows in pieces, to the same columns of `out`.
 template <class E> void product(const Matrix& matrix, int64_t batch, Range range, const Pieces& in, Rows& out) {
-    static constexpr auto sum = sums_of<E>(std::make_integer_sequence<int, SUMS>{});
-    std::vector<Tile> sums(in.tiles);
-    for (int64_t row = range.begin; row < range.end; row += SIDE) {
-        const Range part{row, std::min(range.end, row + SIDE)};
-        for (int64_t first = 0; first < in.tiles; first += SUMS) {
-            sum[std::min<int64_t>(SUMS, in.tiles - first) - 1](matrix, part, in, first, &sums[first]);
+    static constexpr auto add = adders<E>(std::make_integer_sequence<int, SUMS>{});
+    const int64_t steps = (matrix.columns + COLUMNS<E> - 1) / COLUMNS<E>;
+    const int64_t deep = std::max<int64_t>(1, CACHED_TILES / in.tiles), together = steps > deep ? STRIPS * SIDE : SIDE;
+    std::vector<Tile> sums(together / SIDE * in.tiles);
+    for (int64_t begin = range.begin; begin < range.end; begin += together) {
+        const Range rows{begin, std::min(range.end, begin + together)};
+        const auto each_strip = [&](const auto& body) {
+            Tile* of_strip = sums.data();
+            for (int64_t row = rows.begin; row < rows.end; row += SIDE, of_strip += in.tiles) {
+                body(Range{row, std::min(rows.end, row + SIDE)}, of_strip);
+            }
+        };
+        for (int64_t k = 0; k < steps; k += deep) {
+            each_strip([&](Range part, Tile* to) {
+                for (int64_t first = 0; first < in.tiles; first += SUMS) {
+                    const int64_t count = std::min<int64_t>(SUMS, in.tiles - first);
+                    add[count - 1](matrix, part, {k, std::min(steps, k + deep)}, in, first, to);
+                }
+            });
         }
-        for (Tile& tile : sums) transpose(tile);
-        const int lanes = int(part.end - part.begin);
-        const Floats scales = matrix.scales ? cpu::load(matrix.scales + row, lanes) : Floats{} + 1;
-        for (int64_t b = 0; b < batch; ++b) {
-            Row pieces[PIECES<E>];
-            for (int p = 0; p < PIECES<E>; ++p) pieces[p] = row_of(sums.data(), b * PIECES<E> + p);
-            cpu::store(out.at(b, row), scales * join(pieces, in.units[b], E{}), lanes);
-        }
+        each_strip([&](Range part, Tile* from) {
+            for (int64_t tile = 0; tile < in.tiles; ++tile) transpose(from[tile]);
+            const int lanes = int(part.end - part.begin);
+            const Floats scales = matrix.scales ? cpu::load(matrix.scales + part.begin, lanes) : Floats{} + 1;
+            for (int64_t b = 0; b < batch; ++b) {
+                Row pieces[PIECES<E>];
+                for (int p = 0; p < PIECES<E>; ++p) pieces[p] = row_of(from, b * PIECES<E> + p);
+                cpu::store(out.at(b, part.begin), scales * join(pieces, in.units[b], E{}), lanes);
+            }
+        });
     }
 }
 

@@ -17,7 +17,7 @@ from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
 # Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast.
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32}
-MOST_ROWS_BY_AMX = MOST_ROWS | {torch.bfloat16: 96, torch.int8: 128}
+MOST_ROWS_BY_AMX = MOST_ROWS | {torch.bfloat16: 64, torch.int8: 128}
 
 
 class Decoder:

@@ -11,6 +11,7 @@ from modeling_rwkv import decoding
 from rwkv_kernels import decode_cpu
 
 WIDE = ODD | {"hidden_size": 200, "attention_hidden_size": 130, "intermediate_size": 333}
+LARGE = ODD | {"hidden_size": 530, "intermediate_size": 3300, "num_hidden_layers": 1}
 EVERY_SHAPE = {"plain": PLAIN, "odd": ODD, "wide": WIDE, "many tokens": ODD | {"vocab_size": 2305}, **SHAPES}
 EVERY_SHAPE["tied"] = PLAIN | {"tie_word_embeddings": True}
 HALVES = (torch.bfloat16, torch.float16)
@@ -210,12 +211,13 @@ def test_the_smallest_weights_count(dtype, steps):
     agree(logits, ordinary, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("rows", [17, 49, 65])
+@pytest.mark.parametrize(("shape", "rows"), [(WIDE, 17), (WIDE, 49), (LARGE, 64)])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_many_rows_meet_each_weight_at_once(kind, rows, steps):
+def test_many_rows_are_read_in_parts_that_fit_in_a_cache(kind, shape, rows, steps):
     if not decode_cpu.has_amx():
         pytest.skip("this CPU has no matrix unit")
-    model, ids = make(WIDE), text(rows, 6)
+    rows = 2 * rows if kind == "int8" else rows
+    model, ids = make(shape), text(rows, 6)
     if kind == "int8":
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
