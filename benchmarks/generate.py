@@ -1,9 +1,10 @@
-"""How fast text is written on a CPU, beside peers and beside how fast this machine reads the weights.
+r"""How fast text is written on a CPU, beside peers and beside how fast this machine reads the weights.
 
     python benchmarks/generate.py                                  # the 169M shape, a prompt of 16, 64 new tokens
     python benchmarks/generate.py --json generate.json --plot generate.png
     python benchmarks/generate.py --sides ours --dtypes bfloat16 int8 --starts 16 16000     # int8; far into a text
-    python benchmarks/generate.py --shape 430m --prompts 16 1024 --tokens 64 512 --batches 1 8 32 --memory
+    python benchmarks/generate.py --shape 430m --prompts 16 1024 --tokens 64 512 --batches 1 8 32 --memory \
+        --json generate-430m.json --resume                  # hours: again, and it goes on where it was interrupted
     python benchmarks/generate.py --prompts 100000 --tokens 3 --repeats 1 --sides ours "ours, at once" --memory
     python benchmarks/generate.py --shape tiny --tokens 4 8 --repeats 2                             # to see it work
 
@@ -24,6 +25,7 @@ timed by turns with the sides. No program that reads each of them once is faster
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +52,15 @@ WRITERS = (*WAYS, "built-in", "official", "GPT-NeoX")
 SAME = (*WAYS, "built-in", "official")  # the same function of the same weights
 ONE_ROW = ("built-in", "official")
 WINDOWS = 16  # of positions, in the plot
+KEPT = (
+    "shape",
+    "sides",
+    "repeats",
+    "reads",
+    "threads",
+    "seed",
+    "memory",
+)  # settings of figures that go into one report
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,10 @@ def weight_bytes(model: Any) -> int:
 
 
 def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """All work of one dtype, into ``report``."""
+    """All work of one dtype that is not in ``report`` yet, into it."""
+    left = [work for work in works(dtype, args) if str(work) not in report["work"]]
+    if not left and (not args.starts or dtype in report["starts"]):
+        return
     progress(f"loading {dtype}")
     writers = [name for name in args.sides if name == OURS or dtype != "int8"]
     loaded = {name: load(name, args.shape, args.seed, dtype) for name in writers if name == OURS or name not in WAYS}
@@ -142,7 +156,7 @@ def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> Non
     size = weight_bytes(loaded[OURS])
     weights = torch.ones(size // 4, dtype=torch.int32)
     report["weight_bytes"][dtype] = size
-    for work in works(dtype, args):
+    for work in left:
         sides = [name for name in writers if work.batch == 1 or name not in ONE_ROW]
         ids = prompt(work, args)
         jobs: dict[str, Callable[[], Clock]] = {
@@ -163,8 +177,10 @@ def measure(dtype: str, args: argparse.Namespace, report: dict[str, Any]) -> Non
         if args.memory:
             peaks = {name: int(alone("--peak-of", json.dumps(vars(work)), name)) for name in sides}
             report["work"][str(work)]["peak_bytes"] = peaks
+        save(report, args.json)
     if args.starts:
         report["starts"][dtype] = measure_starts(loaded[OURS], args)
+        save(report, args.json)
 
 
 def measure_starts(model: Any, args: argparse.Namespace) -> dict[int, list[float]]:
@@ -212,6 +228,40 @@ def peak_of(work: Work, name: str, args: argparse.Namespace) -> int:
     model = load(OURS if name in WAYS else name, args.shape, args.seed, work.dtype)
     write(name, model, prompt(work, args)[:, :8], 4)
     return peak_memory(lambda: write(name, model, prompt(work, args), work.tokens))
+
+
+def begin(args: argparse.Namespace) -> dict[str, Any]:
+    """A report without figures, or with those of ``args.json`` if they are to be kept.
+
+    Raises:
+        ValueError: these were measured otherwise, or elsewhere.
+    """
+    report: dict[str, Any] = {
+        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peak_of")},
+        "environment": environment(["modeling-rwkv", "torch", "transformers", "rwkv"]),
+        "weight_bytes": {},
+        "disagree": [],
+        "work": {},
+        "starts": {},
+    }
+    if not args.resume or not args.json.exists():
+        return report
+    found = json.loads(args.json.read_text())
+    for part, names in {"settings": KEPT, "environment": ("cpu", "versions")}.items():
+        for name in names:
+            if found[part][name] != report[part][name]:
+                here, there = report[part][name], found[part][name]
+                raise ValueError(f"{args.json} was measured with {name} {there}, not {here}: name another file")
+    wrong = {label.rpartition(": ")[0] for label in found["disagree"]}
+    report["work"] = {label: work for label, work in found["work"].items() if label not in wrong}
+    return report | {name: found[name] for name in ("weight_bytes", "starts")}
+
+
+def save(report: dict[str, Any], path: Path | None) -> None:
+    if path:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(part, path)
 
 
 def text(report: dict[str, Any]) -> list[str]:
@@ -271,19 +321,15 @@ def main() -> int:
     if args.peak_of:
         print(peak_of(Work(**json.loads(args.peak_of[0])), args.peak_of[1], args))
         return 0
-    report: dict[str, Any] = {
-        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peak_of")},
-        "environment": environment(["modeling-rwkv", "torch", "transformers", "rwkv"]),
-        "weight_bytes": {},
-        "disagree": [],
-        "work": {},
-        "starts": {},
-    }
+    try:
+        report = begin(args)
+    except ValueError as error:
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        return 2
     for dtype in args.dtypes:
         measure(dtype, args, report)
     print("\n".join(text(report)))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.json)
     if args.plot and not report["disagree"]:
         plot(report, args.plot)
     return 1 if report["disagree"] else 0
@@ -304,6 +350,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--resume", action="store_true", help="keep figures that --json names, and measure the others")
     parser.add_argument("--plot", type=Path, help="where to draw speed against position")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)  # the process that measures one side's memory
     args = parser.parse_args()
@@ -311,6 +358,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"sides are {', '.join(args.sides)}: {OURS} is what the others are compared with")
     if min(args.tokens) < 3 or min([*args.prompts, *args.batches, args.repeats, args.reads, args.threads]) < 1:
         parser.error("give at least 3 tokens, and at least 1 of everything else")
+    if args.resume and not args.json:
+        parser.error("--resume keeps the figures of a file: name it by --json")
     return args
 
 

@@ -101,6 +101,32 @@ def test_settings_of_the_model_are_what_tells_ours_from_ours(program):
     assert found == [(True, 4096), (False, 4096), (True, None), (True, 4096)]
 
 
+def test_an_interrupted_run_goes_on(run, program, monkeypatch):
+    measured = []
+    summary = program.summary
+
+    def heard(work, *rest):
+        measured.append(str(work))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return summary(work, *rest)
+
+    monkeypatch.setattr(program, "summary", heard)
+    words = "--tokens", "4", "5", "--sides", "ours", "official", "--starts", "1", "3"
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    code, report, out = run(*words, "--resume")
+    assert code == 0 and len(measured) == 5 and measured[2] == measured[3]
+    assert list(report["work"]) == [*measured[:2], *measured[3:]] and len(report["starts"]) == 2
+    assert all(label in out for label in report["work"])
+    _, again, _ = run(*words, "--resume", "--batches", "2")
+    assert report["work"].items() <= again["work"].items() and len(measured) == 9
+    monkeypatch.setattr(program, "measure", None)
+    assert run(*words, "--resume", "--seed", "1")[0] == 2
+    monkeypatch.setattr(program, "environment", lambda _: again["environment"] | {"cpu": "another"})
+    assert run(*words, "--resume")[0] == 2
+
+
 @pytest.mark.parametrize("options", [("--sides", "official"), ("--tokens", "2"), ("--batches", "0")])
 def test_bad_options_are_refused(run, options):
     with pytest.raises(SystemExit) as refusal:
