@@ -48,15 +48,20 @@ struct Model {
     Norm pre_ln, ln_out;
     Matrix head;
 };
-struct State {
-    void *time_mix, *channel_mix;  // (B, C)
-    float* wkv;  // (B, 3, A)
+struct Table {
+    const int64_t* ids;  // (B)
+    const void* data;    // (rows, C), some of whose rows they are
+    int64_t rows;
+};
+struct State {  // of all blocks, or of one
+    char *time_mix, *channel_mix;  // (layers, B, C)
+    float* wkv;                    // (layers, B, 3, A)
 };
 struct Step {
-    int64_t rows, threads, dtype;  // B; of x, logits and what is kept for token shifts
-    int64_t amx;  // whether there is a matrix unit, see decode_amx.h
-    const void* x;  // (B, C), the embeddings of the token
-    const State *before, *after;  // (layers)
+    int64_t rows, threads, dtype;  // B; of embeddings, logits and what is kept for token shifts
+    int64_t amx;                   // whether there is a matrix unit, see decode_amx.h
+    Table embeddings;
+    State before, after;
     void* logits;  // (B, V)
 };
 
@@ -170,9 +175,10 @@ class Worker {
         const amx::Session session(step.amx);
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const Block& block = model.blocks[layer];
-            attend(block, step.before[layer], step.after[layer]);
+            const State before = of_layer(step.before, layer), after = of_layer(step.after, layer);
+            attend(block, before, after);
             add(block.output, shared.receptance, [&](int64_t, int64_t, Floats x) { return x; });
-            feed_forward(block, step.before[layer], step.after[layer]);
+            feed_forward(block, before, after);
             add(block.feed_forward_value, shared.hidden,
                 [&](int64_t b, int64_t i, Floats x) { return sigmoid(shared.gate.get(b, i)) * x; });
         }
@@ -181,6 +187,11 @@ class Worker {
     }
 
   private:
+    State of_layer(const State& all, int64_t layer) const {
+        const int64_t shifts = layer * rows * shared.x.columns * SIZES[step.dtype];
+        return {all.time_mix + shifts, all.channel_mix + shifts, all.wkv + layer * rows * 3 * shared.key.columns};
+    }
+
     // Its share of so many rows of a matrix.
     Range share(int64_t count) const {
         const int64_t vectors = (count + LANES - 1) / LANES;
@@ -309,14 +320,19 @@ class Worker {
     }
 };
 
-void run(const Model& model, const Step& step) {
-    Shared shared(model, step.rows);
-    Rows embedded(step.rows, shared.x.columns);
+// False, and nothing is written, if an id is of no row of the embeddings.
+bool run(const Model& model, const Step& step) {
+    const Table& embeddings = step.embeddings;
+    const int64_t channels = model.head.columns;
+    Rows embedded(step.rows, channels);
     for (int64_t b = 0; b < step.rows; ++b) {
-        each_vector({0, embedded.columns}, [&](int64_t i, auto lanes) {
-            embedded.set(b, i, read(step.x, step.dtype, b * embedded.columns + i, lanes));
+        const int64_t id = embeddings.ids[b];
+        if (id < 0 || id >= embeddings.rows) return false;
+        each_vector({0, channels}, [&](int64_t i, auto lanes) {
+            embedded.set(b, i, read(embeddings.data, step.dtype, id * channels + i, lanes));
         });
     }
+    Shared shared(model, step.rows);
     layer_norm(model.pre_ln, step.rows, embedded, shared.x);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(int(step.threads))
@@ -324,6 +340,7 @@ void run(const Model& model, const Step& step) {
 #else
     Worker(model, step, shared, 0, 1).run();
 #endif
+    return true;
 }
 
 }  // namespace decode
@@ -331,4 +348,4 @@ void run(const Model& model, const Step& step) {
 // Whether there is a matrix unit for bfloat16 and int8.
 extern "C" int decode_cpu_has_amx() { return decode::amx::is_allowed(); }
 
-extern "C" void decode_cpu(const decode::Model* model, const decode::Step* step) { decode::run(*model, *step); }
+extern "C" int decode_cpu(const decode::Model* model, const decode::Step* step) { return decode::run(*model, *step); }

@@ -1,18 +1,27 @@
 """One token of a whole RWKV-4 on a CPU, in C++: the tensors for `decode_cpu.cpp`, compiled when it is first needed.
 
-Symbols: B rows of the batch, L blocks, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
+Symbols: B rows of the batch, C hidden size, V vocabulary.
 """
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_kernels import loader
-from rwkv_kernels.decode_weights import DTYPES, BlockPointers, Model, ModelPointers, State, check, pointers
+from rwkv_kernels.decode_weights import (
+    DTYPES,
+    BlockPointers,
+    Model,
+    ModelPointers,
+    Sizes,
+    Stack,
+    StackPointers,
+    TablePointers,
+    check,
+    pointers,
+)
 from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
 # Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast.
@@ -23,6 +32,8 @@ MOST_ROWS_BY_AMX = MOST_ROWS | {torch.bfloat16: 64, torch.int8: 128}
 class Decoder:
     """A model whose tokens are computed from its weights where they lie: edits are seen, replacements are not.
 
+    most_rows: of a batch, that it takes; few: up to so many one kernel does it all, which here is the same.
+
     Raises:
         ValueError: a tensor that the kernel does not take; says which and why.
         loader.Unavailable: there is no kernel.
@@ -31,44 +42,32 @@ class Decoder:
     def __init__(self, model: Model) -> None:
         check(model, "cpu")
         self.model = model  # which keeps what is pointed to
-        self.dtype = model.dtype
-        self.hidden_size, self.attention_size = model.head.data.shape[1], len(model.blocks[0].time_decay)
-        self.vocab_size = len(model.head.data)
-        self.amx = has_amx()
-        self.most_rows = (MOST_ROWS_BY_AMX if self.amx else MOST_ROWS)[model.blocks[0].key.data.dtype]
-        self._blocks = (BlockPointers * len(model.blocks))(
-            *(BlockPointers(*map(pointers, block)) for block in model.blocks)
-        )
+        self._sizes = Sizes.of(model)
+        self._amx = has_amx()
+        self.most_rows = (MOST_ROWS_BY_AMX if self._amx else MOST_ROWS)[model.blocks[0].key.data.dtype]
+        self.few = self.most_rows
+        blocks = (BlockPointers * len(model.blocks))(*(BlockPointers(*map(pointers, block)) for block in model.blocks))
+        self._blocks = blocks  # which the next one points to
         rest = map(pointers, (model.pre_ln, model.ln_out, model.head))
-        self._model = ModelPointers(len(model.blocks), ctypes.addressof(self._blocks), *rest)
+        self._model = ModelPointers(len(blocks), ctypes.addressof(blocks), *rest)
         self._run = _library().decode_cpu
 
-    def step(self, x: Tensor, before: Sequence[State]) -> tuple[Tensor, list[State]] | None:
-        """Logits (B, V) of the next token, and the states after this one; None for what the kernel does not take.
+    def step(self, ids: Tensor, embeddings: Tensor, before: Stack, after: Stack) -> Tensor | None:
+        """Logits (B, V) of the next token; ``after`` becomes the states after this one. None for what is not taken.
 
-        x: (B, C), the embeddings of the token, in ``dtype``; B is at most ``most_rows``.
-        before: of each block, as the model keeps them: WKV in float32, the rest in ``dtype``. Never written to.
+        ids: (B, 1) int64, rows of ``embeddings`` (any number, C), which is of the dtype of the model.
+        before: as the model keeps them. ``after``: other room of the same shapes.
         """
-        rows, dtype = len(x), self.dtype
-        if x.dtype != dtype or x.shape != (rows, self.hidden_size) or not 0 < rows <= self.most_rows:
+        rows, dtype, ids = len(ids), self.model.dtype, ids.contiguous()
+        if not 0 < rows <= self.most_rows or not self._sizes.fit(ids, embeddings, before, after):
             return None
-        shapes = [(rows, self.hidden_size)] * 2 + [(rows, 3, self.attention_size)]
-        kinds = list(zip(shapes, (dtype, dtype, torch.float32), strict=True))
-        if len(before) != len(self._blocks) or not all(map(_fits, _flat(before), kinds * len(before))):
-            return None
-        x = x.contiguous()
-        after: list[Any] = [
-            tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in kinds) for _ in before
-        ]
-        logits = torch.empty((rows, self.vocab_size), dtype=dtype, device="cpu")
-        several = Pointer * (3 * len(before))
-        states = [several(*map(Tensor.data_ptr, _flat(side))) for side in (before, after)]
+        logits = torch.empty((rows, len(self.model.head.data)), dtype=dtype, device="cpu")
         step = _Step(
-            rows, torch.get_num_threads(), DTYPES.index(dtype), self.amx, x.data_ptr(),
-            *map(ctypes.addressof, states), logits.data_ptr(),
+            rows, torch.get_num_threads(), DTYPES.index(dtype), self._amx, TablePointers.of(ids, embeddings),
+            StackPointers.of(before), StackPointers.of(after), logits.data_ptr(),
         )  # fmt: skip
-        self._run(ctypes.byref(self._model), ctypes.byref(step))
-        return logits, after
+        is_done = self._run(ctypes.byref(self._model), ctypes.byref(step))
+        return logits if is_done else None
 
 
 def load() -> None:
@@ -76,16 +75,13 @@ def load() -> None:
     _library()
 
 
-def _flat(states: Sequence[State]) -> list[Tensor]:
-    return [part for state in states for part in state]
-
-
-def _fits(x: Tensor, kind: tuple[tuple[int, ...], torch.dtype]) -> bool:
-    return type(x) is Tensor and (x.shape, x.dtype) == kind and x.is_cpu and x.is_contiguous()
-
-
 class _Step(ctypes.Structure):
-    _fields_ = fields(Integer, "rows threads dtype amx") + fields(Pointer, "x before after logits")
+    _fields_ = [
+        *fields(Integer, "rows threads dtype amx"),
+        ("embeddings", TablePointers),
+        *fields(StackPointers, "before after"),
+        *fields(Pointer, "logits"),
+    ]
 
 
 @functools.cache
@@ -97,5 +93,5 @@ def has_amx() -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = loader.cpu_library("decode_cpu.cpp")
-    library.decode_cpu.argtypes, library.decode_cpu.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    library.decode_cpu.argtypes, library.decode_cpu.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_int
     return library

@@ -4,8 +4,9 @@ Symbols: B rows of the batch, L blocks, C hidden size, A attention hidden size, 
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from rwkv_kernels.decode_weights import (
     Norm,
     NormPointers,
     NumbersPointers,
-    State,
+    Sizes,
+    Stack,
+    StackPointers,
+    TablePointers,
     check,
     pointers,
     tensors_of,
@@ -35,29 +39,12 @@ SMALL = "decode_cuda"  # the kernel for few rows
 PIECE = 16  # bytes that a thread reads at once
 
 
-class Stack(NamedTuple):
-    """The states of all blocks.
-
-    time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32.
-    """
-
-    time_mix: Tensor
-    channel_mix: Tensor
-    wkv: Tensor
-
-    @classmethod
-    def of(cls, states: Sequence[State]) -> "Stack":
-        return cls(*map(torch.stack, zip(*states, strict=True)))
-
-    def empty_like(self) -> "Stack":
-        return Stack(*map(torch.empty_like, self))
-
-
 class Decoder:
     """A model whose tokens are computed from its weights where they lie: edits are seen, replacements are not.
 
     few: up to so many rows of a batch one kernel does it all, `decode_cuda.cu`. For more, PyTorch multiplies and
-        `decode_rows.cu` does the rest; not in float16, where the residual stream would have to be scaled.
+        `decode_rows.cu` does the rest.
+    most_rows: that it takes; in float16 few, as the residual stream of more would have to be scaled.
 
     Raises:
         ValueError: a tensor that the kernels do not take; says which and why.
@@ -69,6 +56,7 @@ class Decoder:
         first = model.blocks[0]
         self.model, self.tensors = model, list(tensors_of(model))
         self.dtype, self.device = model.dtype, model.head.data.device
+        self._sizes = Sizes.of(model)
         if any(x.dtype == torch.int8 or x.device != self.device for x in self.tensors):
             raise ValueError("a matrix is int8, or on another device: the kernels read floats of their own device")
         self.vocab_size, self.hidden_size = model.head.data.shape
@@ -81,6 +69,7 @@ class Decoder:
         properties: Any = torch.cuda.get_device_properties(self.device)
         self.processors = properties.multi_processor_count
         self.few = min(MOST_ROWS, properties.shared_memory_per_block_optin // self._shared_bytes(1))
+        self.most_rows = self.few if self.dtype == torch.float16 else sys.maxsize
         self._kinds = _kinds(model)
         blocks = (BlockPointers * len(model.blocks))(*(BlockPointers(*map(pointers, block)) for block in model.blocks))
         self._table = torch.frombuffer(bytearray(blocks), dtype=torch.uint8).to(self.device)
@@ -98,26 +87,28 @@ class Decoder:
             same.
         """
         rows, ids = len(ids), ids.contiguous()
-        if not self._has_table(ids, embeddings) or not self._fits(before, rows) or not self._fits(after, rows):
+        if rows > self.most_rows or embeddings.data_ptr() % PIECE:
             return None
-        table = _Table(ids.data_ptr(), embeddings.data_ptr(), len(embeddings))
+        if not self._sizes.fit(ids, embeddings, before, after):
+            return None
+        table = TablePointers.of(ids, embeddings)
         with torch.cuda.device(self.device):
             if rows <= self.few:
                 return self._few_rows(rows, table, before, after)
-            return None if self.dtype == torch.float16 else self._many_rows(rows, table, before, after)
+            return self._many_rows(rows, table, before, after)
 
-    def _few_rows(self, rows: int, embeddings: "_Table", before: Stack, after: Stack) -> Tensor:
+    def _few_rows(self, rows: int, embeddings: TablePointers, before: Stack, after: Stack) -> Tensor:
         logits = torch.empty(rows, self.vocab_size, dtype=self.dtype, device=self.device)
         room = self._room(rows)
         arguments = _Arguments(
-            self._model, embeddings, _State(*map(Tensor.data_ptr, before)), _State(*map(Tensor.data_ptr, after)),
+            self._model, embeddings, StackPointers.of(before), StackPointers.of(after),
             logits.data_ptr(), *map(Tensor.data_ptr, room),
         )  # fmt: skip
         kernel, shared_bytes = self._kernel(SMALL, rows), self._shared_bytes(rows)
         loader.launch(kernel, (self.processors, 1), THREADS, arguments, shared_bytes, together=True)
         return logits
 
-    def _many_rows(self, rows: int, embeddings: "_Table", before: Stack, after: Stack) -> Tensor:
+    def _many_rows(self, rows: int, embeddings: TablePointers, before: Stack, after: Stack) -> Tensor:
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         mixed = torch.empty(3, rows, self.hidden_size, **kind)
         normed, stream = torch.empty_like(mixed[0]), torch.empty_like(mixed[0], dtype=torch.float32)
@@ -155,21 +146,6 @@ class Decoder:
     def _launch(self, name: str, blocks: tuple[int, int], arguments: ctypes.Structure) -> None:
         loader.launch(self._kernel(name, 1), blocks, THREADS, arguments)
 
-    def _has_table(self, ids: Tensor, embeddings: Tensor) -> bool:
-        right_kinds = ids.dtype == torch.int64 and embeddings.dtype == self.dtype
-        right_shapes = ids.shape == (len(ids), 1) and embeddings.ndim == 2 and embeddings.shape[1] == self.hidden_size
-        right_places = ids.device == embeddings.device == self.device and embeddings.data_ptr() % PIECE == 0
-        return right_kinds and right_shapes and right_places and embeddings.is_contiguous()
-
-    def _fits(self, states: Stack, rows: int) -> bool:
-        blocks = len(self.model.blocks)
-        shapes = [(blocks, rows, self.hidden_size)] * 2 + [(blocks, rows, 3, self.attention_size)]
-        dtypes = self.dtype, self.dtype, torch.float32
-        return all(
-            x.shape == shape and x.dtype == dtype and x.device == self.device and x.is_contiguous()
-            for x, shape, dtype in zip(states, shapes, dtypes, strict=True)
-        )
-
     def _room(self, rows: int) -> list[Tensor]:
         """Where blocks of threads tell each other what they found, as in decode_cuda.cu.
 
@@ -203,15 +179,11 @@ def _product(x: Tensor, matrix: Matrix) -> Tensor:
     return torch.nn.functional.linear(x, matrix.data)
 
 
-class _Table(ctypes.Structure):
-    _fields_ = fields(Pointer, "ids data") + fields(Integer, "rows")
-
-
 class _Entering(Arguments):
     _fields_ = [
         *fields(NormPointers, "norm pre_ln"),
         ("mixes", NumbersPointers * 3),
-        ("embeddings", _Table),
+        ("embeddings", TablePointers),
         *fields(Pointer, "delta receptance stream before after out"),
         *fields(Integer, "channels"),
     ]
@@ -229,15 +201,11 @@ class _Squaring(Arguments):
     _fields_ = [("x", Pointer), ("count", Integer)]
 
 
-class _State(ctypes.Structure):
-    _fields_ = fields(Pointer, "time_mix channel_mix wkv")
-
-
 class _Arguments(ctypes.Structure):
     _fields_ = [
         ("model", ModelPointers),
-        ("embeddings", _Table),
-        *fields(_State, "before after"),
+        ("embeddings", TablePointers),
+        *fields(StackPointers, "before after"),
         *fields(Pointer, "logits stream gated hidden gate met"),
     ]
 

@@ -30,7 +30,9 @@ constexpr int64_t DEEP = 1024;  // columns, a multiple of any vector's: in the f
 constexpr int64_t CACHED = 1 << 18;  // bytes of a matrix, in the second cache until all tiles have met them
 constexpr int64_t AHEAD = 1 << 13;  // of one tile: bytes from what is read to what is on its way from memory, or more
 
-// As decode_cpu.py fills it in. `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8.
+constexpr int64_t SIZES[] = {4, 2, 2, 1};  // of numbers, by `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8
+
+// As decode_weights.py fills it in.
 struct Matrix {
     const void* data;  // (rows, columns), without gaps
     const float* scales;  // (rows), by which int8 are to be multiplied, or null
@@ -38,8 +40,7 @@ struct Matrix {
 
     // Without the first rows.
     Matrix from(int64_t row) const {
-        static constexpr int64_t sizes[] = {4, 2, 2, 1};
-        const void* rest = static_cast<const char*>(data) + row * columns * sizes[dtype];
+        const void* rest = static_cast<const char*>(data) + row * columns * SIZES[dtype];
         return {rest, scales ? scales + row : nullptr, dtype, rows - row, columns};
     }
 };

@@ -1,6 +1,6 @@
 """The weights of an RWKV-4 whose next token is computed at once: tensors, and the structures that kernels are handed.
 
-Symbols: B rows of the batch, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
+Symbols: B rows of the batch, L blocks, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
 """
 
 import ctypes
@@ -60,6 +60,57 @@ class Model(NamedTuple):
 
 
 State = tuple[Tensor, Tensor, Tensor]  # of a block: (B, C), (B, C), (B, 3, A), the parts of a LayerState
+
+
+class Stack(NamedTuple):
+    """The states of all blocks.
+
+    time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32.
+    """
+
+    time_mix: Tensor
+    channel_mix: Tensor
+    wkv: Tensor
+
+    @classmethod
+    def of(cls, states: Sequence[State]) -> "Stack":
+        return cls(*map(torch.stack, zip(*states, strict=True)))
+
+    def empty_like(self) -> "Stack":
+        return Stack(*map(torch.empty_like, self))
+
+
+class Sizes(NamedTuple):
+    """What the kernels for a model are given beside its weights, and where it is."""
+
+    dtype: torch.dtype
+    device: torch.device
+    blocks: int
+    hidden_size: int
+    attention_size: int
+
+    @classmethod
+    def of(cls, model: Model) -> "Sizes":
+        head = model.head.data
+        return cls(model.dtype, head.device, len(model.blocks), head.shape[1], len(model.blocks[0].time_decay))
+
+    def fit(self, ids: Tensor, embeddings: Tensor, *stacks: Stack) -> bool:
+        """Whether these are ids (B, 1) int64, a table (any number, C) of ``dtype``, and states of so many rows."""
+        rows, dtypes = len(ids), (torch.int64, self.dtype)
+        shapes = (self.blocks, rows, self.hidden_size), (self.blocks, rows, 3, self.attention_size)
+        return (
+            (ids.dtype, embeddings.dtype) == dtypes
+            and ids.shape == (rows, 1)
+            and embeddings.shape[1:] == (self.hidden_size,)
+            and all(x.time_mix.shape == x.channel_mix.shape == shapes[0] and x.wkv.shape == shapes[1] for x in stacks)
+            and all(x.time_mix.dtype == x.channel_mix.dtype == self.dtype for x in stacks)
+            and all(x.wkv.dtype == torch.float32 for x in stacks)
+            and all(map(self._has_gapless, (embeddings, *(x for stack in stacks for x in stack))))
+            and ids.device == self.device
+        )
+
+    def _has_gapless(self, x: Tensor) -> bool:
+        return type(x) in (Tensor, nn.Parameter) and x.device == self.device and x.is_contiguous()
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -136,6 +187,24 @@ class ModelPointers(ctypes.Structure):
         *fields(NormPointers, "pre_ln ln_out"),
         ("head", MatrixPointers),
     ]
+
+
+class TablePointers(ctypes.Structure):
+    """ids: (B); data: (rows, C), some of whose rows they are."""
+
+    _fields_ = fields(Pointer, "ids data") + fields(Integer, "rows")
+
+    @classmethod
+    def of(cls, ids: Tensor, embeddings: Tensor) -> "TablePointers":
+        return cls(ids.data_ptr(), embeddings.data_ptr(), len(embeddings))
+
+
+class StackPointers(ctypes.Structure):
+    _fields_ = fields(Pointer, "time_mix channel_mix wkv")
+
+    @classmethod
+    def of(cls, stack: Stack) -> "StackPointers":
+        return cls(*map(Tensor.data_ptr, stack))
 
 
 def pointers(part: Any) -> Any:

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class RwkvCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.layers: list[LayerState] = []
+        self.layers: Sequence[LayerState] = []
         self.seen_tokens = 0
         self.fingerprint: Tensor | None = None
 
@@ -92,7 +92,7 @@ class RwkvCache(Cache):
         return self.seen_tokens + query_length, 0
 
     def advance(
-        self, layers: list[LayerState], tokens: int, input_ids: Tensor | None, valid: Tensor | None
+        self, layers: Sequence[LayerState], tokens: int, input_ids: Tensor | None, valid: Tensor | None
     ) -> "RwkvCache":
         """The cache after one more pass over ``tokens`` positions: itself without autograd, a new one with it.
 
@@ -339,7 +339,7 @@ def _opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iter
         raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
 
 
-def _fit_together(layers: list[LayerState]) -> bool:
+def _fit_together(layers: Sequence[LayerState]) -> bool:
     """Whether there are layers, all of the shapes that LayerState says, for one B, C and A."""
     shapes = {tuple(part.shape for part in layer) for layer in layers}
     if len(shapes) != 1:

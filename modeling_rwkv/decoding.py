@@ -8,7 +8,9 @@ on a GPU the modules are replayed from a CUDA graph, if the cache is an :class:`
 
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modeling_rwkv.cache import LayerState, RwkvCache
-from modeling_rwkv.static_cache import Replay, RwkvStaticCache, StackedLayers, table_of
+from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.stacked_layers import StackedLayers
+from modeling_rwkv.static_cache import Replay, RwkvStaticCache, table_of
 from rwkv_kernels import decode_cpu, decode_cuda, decode_weights
 from rwkv_kernels.loader import Unavailable
 from rwkv_kernels.wkv4_native import are_at_hand
@@ -51,8 +54,11 @@ def next_token(
         return None
     if not isinstance(logits_to_keep, int) or logits_to_keep < 0 or torch.is_autocast_enabled(device.type):
         return None
-    plan = _plan_for(model, past) if device.type in DECODERS and _reads_all(attention_mask, rows) else None
-    result = None if plan is None or plan.is_hooked() else plan.step(model, input_ids, past)
+    if device.type not in DECODERS or not _reads_all(attention_mask, rows):
+        return None
+    held = _held.get()
+    plan = held.plan(past) if held is not None and held.model is model else _plan_for(model, past)
+    result = None if plan is None else plan.step(model, input_ids, past)
     if result is None:
         return None
     logits, layers = result
@@ -74,6 +80,37 @@ def _reads_all(attention_mask: Tensor | None, rows: int) -> bool:
     return len(shape) == 2 and shape[0] == rows and shape[1] > 0 and bool(attention_mask[:, -1].all())
 
 
+class _Held:
+    """A model that is looked at once, see :func:`held`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._found: tuple[_Plan | None, list[Tensor]] | None = None
+
+    def plan(self, cache: RwkvCache) -> "_Plan | None":
+        if self._found is None:
+            plan = _plan_for(self.model, cache)
+            self._found = plan, [] if plan is None else plan.weights()
+        return self._found[0]
+
+
+_held: ContextVar[_Held | None] = ContextVar("_held", default=None)
+
+
+@contextmanager
+def held(model: Any) -> Iterator[None]:
+    """Within, as in `generate`, nobody replaces weights, modules or hooks of the model: it is looked at once.
+
+    A look at each token would take a millisecond where weights have driven all else out of the caches. In place
+    weights may be edited, and what is replaced all the same stays in memory as long.
+    """
+    before = _held.set(_Held(model))
+    try:
+        yield
+    finally:
+        _held.reset(before)
+
+
 # Weights are found once: a plan holds as long as every module and tensor is the one that was found.
 
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -87,18 +124,20 @@ def _plan_of(model: nn.Module) -> "_Plan":
     return plan
 
 
-def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan":
-    """A static cache keeps to the plan that it began with.
+def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan | None":
+    """None where somebody watches the modules.
 
-    Where there are modules of others, such as adapters that can be switched off, what is looked at does not tell all
-    that they compute: a graph of them is of one cache.
+    A static cache keeps to the plan that it began with. Where there are modules of others, such as adapters that can
+    be switched off, what is looked at does not tell all that they compute: a graph of them is of one cache.
     """
     if not isinstance(cache, RwkvStaticCache):
-        return _plan_of(model)
-    if cache.plan is None or cache.plan[0]() is not model:
         plan = _plan_of(model)
-        cache.plan = weakref.ref(model), plan if plan.is_ours else _Plan(model)
-    return cache.plan[1]
+    else:
+        if cache.plan is None or cache.plan[0]() is not model:
+            plan = _plan_of(model)
+            cache.plan = weakref.ref(model), plan if plan.is_ours else _Plan(model)
+        plan = cache.plan[1]
+    return None if plan.is_hooked() else plan
 
 
 class _Plan:
@@ -142,16 +181,17 @@ class _Plan:
             any(self._hooks) or any(_GLOBAL_HOOKS) or any(map(operator.contains, self._attributes, repeat("forward")))
         )
 
-    def step(self, model: Any, input_ids: Tensor, past: RwkvCache) -> tuple[Tensor, list[LayerState]] | None:
+    def weights(self) -> list[Tensor]:
+        """The tensors as they are now, whatever becomes of the parameters."""
+        return [x.data for x in self._tensors]
+
+    def step(self, model: Any, input_ids: Tensor, past: RwkvCache) -> tuple[Tensor, StackedLayers] | None:
         """Logits (B, V) after one more token (B, 1), and the states; None if the modules have to run."""
-        decoder = self.decoder
-        if isinstance(decoder, decode_cpu.Decoder):
-            result = decoder.step(model.rwkv.embeddings(input_ids)[:, 0], past.layers) if input_ids.is_cpu else None
-            return None if result is None else (result[0], [LayerState(*state) for state in result[1]])
-        if isinstance(past, RwkvStaticCache) and (decoder is None or len(input_ids) > decoder.few):
+        decoder, rows = self.decoder, len(input_ids)
+        if isinstance(past, RwkvStaticCache) and (decoder is None or rows > decoder.few):
             replay = self._replay(model, input_ids, past) if input_ids.is_cuda else None
             return None if replay is None else replay.step(input_ids, past)
-        if decoder is None:
+        if decoder is None or rows > decoder.most_rows:
             return None
         before = StackedLayers.of(past.layers)
         after = past.other_than(before) if isinstance(past, RwkvStaticCache) else before.empty_like()

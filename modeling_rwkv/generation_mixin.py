@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.decoding import held
 from modeling_rwkv.static_cache import RwkvStaticCache
 from modeling_rwkv.stopping import StopStringMixin
 
@@ -15,6 +16,11 @@ class RwkvGenerationMixin(StopStringMixin):
 
     ``cache_implementation="static"`` lets the state be written over, see :class:`RwkvStaticCache`.
     """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """That of transformers. Weights are looked up once, so while it runs none may be replaced; edits are seen."""
+        with held(self):
+            return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -5,6 +5,7 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,31 +13,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from modeling_rwkv.cache import LayerState, RwkvCache
-from rwkv_kernels.decode_cuda import Decoder, Stack
+from modeling_rwkv.stacked_layers import StackedLayers
+from rwkv_kernels.decode_cuda import Decoder
+from rwkv_kernels.decode_weights import Stack
 
 logger = logging.get_logger(__name__)
 
 WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate in the first
-
-
-class StackedLayers(list[LayerState]):
-    """States of all blocks, as views of one tensor for each part."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__(map(LayerState, *map(Tensor.unbind, stack)))
-        self.stack = stack
-
-    @classmethod
-    def of(cls, layers: list[LayerState]) -> "StackedLayers":
-        """``layers``, copied if they are not stacked."""
-        return layers if isinstance(layers, cls) else cls(Stack.of(layers))
-
-    def __reduce__(self) -> tuple[type, tuple[Stack]]:
-        """Copied and pickled, its parts stay views."""
-        return StackedLayers, (self.stack,)
-
-    def empty_like(self) -> "StackedLayers":
-        return StackedLayers(self.stack.empty_like())
 
 
 class RwkvStaticCache(RwkvCache):
@@ -80,7 +63,7 @@ class RwkvStaticCache(RwkvCache):
 class Replay:
     """One token of a model, for a batch of B rows on one stream, as a CUDA graph. One cache at a time lives in it."""
 
-    def __init__(self, model: Any, decoder: Decoder | None, layers: list[LayerState]) -> None:
+    def __init__(self, model: Any, decoder: Decoder | None, layers: Sequence[LayerState]) -> None:
         """decoder: of the model, if there is one; layers: states, whose shapes and dtypes are those to come."""
         device = layers[0].wkv.device
         self._decoder = decoder
@@ -99,7 +82,7 @@ class Replay:
             self._logits = self._read(model)
 
     @classmethod
-    def of(cls, model: Any, decoder: Decoder | None, layers: list[LayerState]) -> "Replay | None":
+    def of(cls, model: Any, decoder: Decoder | None, layers: Sequence[LayerState]) -> "Replay | None":
         """None, and a warning, where something in the model cannot be captured."""
         devices = {x.device for x in model.parameters()}
         if len(devices) > 1:
@@ -115,7 +98,7 @@ class Replay:
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed module by module.")
             return None
 
-    def step(self, input_ids: Tensor, cache: RwkvCache) -> tuple[Tensor, list[LayerState]]:
+    def step(self, input_ids: Tensor, cache: RwkvCache) -> tuple[Tensor, StackedLayers]:
         """Logits (B, V) after one more token (B, 1) of ``cache``, and its states after it."""
         with self._lock:
             if cache.layers is not self._layers:
@@ -151,5 +134,5 @@ def table_of(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(x), device=x.device)[:, None], x
 
 
-def _copy(to: list[LayerState], layers: list[LayerState]) -> None:
+def _copy(to: Sequence[LayerState], layers: Sequence[LayerState]) -> None:
     torch._foreach_copy_([x for layer in to for x in layer], [x for layer in layers for x in layer])

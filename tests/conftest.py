@@ -30,10 +30,10 @@ def steps(monkeypatch):
     rows: list[int] = []
     step = decode_cpu.Decoder.step
 
-    def counted(self, x, before):
-        result = step(self, x, before)
+    def counted(self, ids, *others):
+        result = step(self, ids, *others)
         if result is not None:
-            rows.append(len(x))
+            rows.append(len(ids))
         return result
 
     monkeypatch.setattr(decode_cpu.Decoder, "step", counted)

@@ -1,11 +1,13 @@
 """Laws about who meets the next token computed at once: whoever could tell the difference gets the modules."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from models import ODD, PLAIN, TOLERANCE, agree, both, make, read, same, text
 from torch import nn
+from transformers import LogitsProcessor
 
 from modeling_rwkv import RwkvCache, decoding
 from rwkv_kernels import decode_cpu
@@ -72,6 +74,89 @@ def test_a_change_between_two_tokens_is_seen(change, steps):
     assert logits.shape != before.shape or not torch.allclose(logits.float(), before, **TOLERANCE)
     loose = {"rtol": 0.1, "atol": 0.3} if logits.dtype != torch.float32 else {"atol": 1e-4}
     agree(logits, expected, **loose)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_texts_is_seen(change, steps):
+    model, ids = make(ODD), text(2, 4)
+    model.generate(ids, max_new_tokens=4, pad_token_id=0)
+    assert steps
+    change(model)
+    written = []
+    for native in (True, False):
+        model.native_decoding = native
+        written.append(scores(model, ids))
+    loose = {"rtol": 0.1, "atol": 0.3} if model.dtype != torch.float32 else {"atol": 1e-4}
+    agree(*written, **loose)
+
+
+class Between(LogitsProcessor):
+    """Does something to a model while it writes, before the third token."""
+
+    def __init__(self, change):
+        self.change, self.calls = change, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 2:
+            self.change()
+        return scores
+
+
+def scores(model, ids, change=None):
+    """Of four new tokens, with ``change`` before the third."""
+    given = {"logits_processor": [Between(lambda: change(model))]} if change else {}
+    result = model.generate(
+        ids, max_new_tokens=4, pad_token_id=0, output_logits=True, return_dict_in_generate=True, **given
+    )
+    return torch.stack(result.logits)
+
+
+@pytest.mark.parametrize("change", [_edit, _edit_data])
+def test_an_edit_while_a_text_is_written_is_seen(change, steps):
+    model, ids = make(ODD), text(2, 4)
+    untouched = scores(model, ids)
+    found = scores(model, ids, change)
+    assert steps == [2] * 6
+    same(found[:2], untouched[:2])
+    assert not torch.allclose(found[2], untouched[2])
+    other = make(ODD)
+    other.native_decoding = False
+    agree(found, scores(other, ids, change), atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [_replace_data, _replace_parameter, _replace_module])
+def test_what_is_replaced_while_a_text_is_written_is_read_to_its_end(change, steps):
+    def replace(model):
+        change(model)
+        gc.collect()
+        kept.append([torch.full((37, 37), torch.nan) for _ in range(99)])  # where the old weights would have been
+
+    model, ids, kept = make(ODD), text(2, 4), []
+    untouched = scores(model, ids)
+    same(scores(model, ids, replace), untouched)
+    assert kept and steps == [2] * 6
+    assert not torch.allclose(scores(model, ids), untouched)
+
+
+def test_a_model_is_looked_at_once_for_a_text(monkeypatch, steps):
+    looks, look = [], decoding._Plan.holds
+    monkeypatch.setattr(decoding._Plan, "holds", lambda plan: looks.append(plan) or look(plan))
+    model, ids = make(ODD), text(2, 9)
+    for _ in range(3):
+        model.generate(ids, max_new_tokens=9, pad_token_id=0)
+    assert len(steps) == 24 and len(looks) == 2  # the first text finds the weights
+    read(model, ids)
+    assert len(looks) == 8
+
+
+def test_models_that_write_within_each_other_are_told_apart(steps):
+    outer, inner, ids = make(ODD), make(PLAIN), text(2, 4)
+    expected = scores(inner, ids)
+    found = []
+    scores(outer, ids, lambda model: found.append(scores(inner, ids)) or found.append(read(model, ids)))
+    same(found[0], expected)
+    same(found[1][0], read(outer, ids)[0])
 
 
 # Where somebody could tell the difference, the modules run.
@@ -215,7 +300,7 @@ def test_a_hook_on_embeddings_hears_each_token_once(rows):
     assert len(heard) == 5
 
 
-def test_a_state_that_is_laid_out_otherwise_is_for_the_modules(steps):
+def test_a_state_that_is_laid_out_otherwise_is_read_and_one_of_other_bits_is_for_the_modules(steps):
     model, ids = make(ODD), text(2, 4)
     _, cache = read(model, ids)
     steps.clear()
@@ -224,10 +309,10 @@ def test_a_state_that_is_laid_out_otherwise_is_for_the_modules(steps):
     wide = cache.to(torch.float64)
     with torch.no_grad():
         found = model(ids[:, :1], past_key_values=expanded.clone()).logits
-        assert steps.pop()
-        agree(model(ids[:, :1], past_key_values=expanded).logits, found, atol=1e-4)
+        same(model(ids[:, :1], past_key_values=expanded).logits, found)
+        assert steps == [2, 2]
         model(ids[:, :1], past_key_values=wide)
-    assert not steps
+    assert steps == [2, 2]
 
 
 def test_errors_are_those_of_the_modules(steps):
