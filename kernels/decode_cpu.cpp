@@ -6,7 +6,7 @@
 // Between weights and what is returned all is float32, which has room for any residual stream: none is scaled. Threads
 // share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
 // each other four times a block. A number is the same sum in the same order whatever the number of threads or rows; but
-// for bfloat16 on a CPU with a matrix unit, which one row alone does without.
+// one row of bfloat16 alone is not what others make of it.
 
 #include <algorithm>
 #include <atomic>
@@ -19,10 +19,13 @@
 #endif
 
 #include "decode_amx.h"
+#include "decode_pairs.h"
 #include "decode_products.h"
 #include "wkv4_vectors.h"
 
 namespace decode {
+
+enum Unit { VECTORS, PAIRS, AMX };  // what multiplies bfloat16 and int8: decode_products.h, decode_pairs.h, decode_amx.h
 
 constexpr int64_t TOKENS = 1024;  // whose logits are computed together
 
@@ -59,7 +62,7 @@ struct State {  // of all blocks, or of one
 };
 struct Step {
     int64_t rows, threads, dtype;  // B; of embeddings, logits and what is kept for token shifts
-    int64_t amx;                   // whether there is a matrix unit, see decode_amx.h
+    int64_t unit;                  // the best that may be used
     Table embeddings;
     State before, after;
     void* logits;  // (B, V)
@@ -163,6 +166,7 @@ class Worker {
     Shared& shared;
     const int64_t rows, thread, threads;
     Rows normed, mixed, arranged, logits;  // its own
+    Rounded rounded;
     amx::Pieces pieces;
 
   public:
@@ -172,7 +176,7 @@ class Worker {
           arranged(rows, std::max({shared.x.columns, shared.key.columns, shared.hidden.columns})), logits(rows, TOKENS) {}
 
     void run() {
-        const amx::Session session(step.amx);
+        const amx::Session session(step.unit == AMX);
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const Block& block = model.blocks[layer];
             const State before = of_layer(step.before, layer), after = of_layer(step.after, layer);
@@ -223,31 +227,39 @@ class Worker {
         });
     }
 
+    // What multiplies a matrix. Pairs are of bfloat16; of one row of it vectors are as fast, and round nothing.
+    Unit unit_of(const Matrix& matrix) const {
+        const bool is_bfloat16 = matrix.dtype == 1, is_int8 = matrix.dtype == 3;
+        return (is_bfloat16 && rows > 1) || (is_int8 && step.unit == AMX) ? Unit(step.unit) : VECTORS;
+    }
+
     // As a product with such a matrix reads it.
     void prepare(const Matrix& matrix, const Rows& in) {
+        const Unit unit = unit_of(matrix);
         switch (matrix.dtype) {
-            case 1: return by_amx<BFloat16>() ? amx::split<BFloat16>(rows, in, pieces) : arrange<2>(rows, in, arranged);
-            case 3: return by_amx<Int8>() ? amx::split<Int8>(rows, in, pieces) : arrange<4>(rows, in, arranged);
+            case 1:
+                return unit == AMX     ? amx::split<BFloat16>(rows, in, pieces)
+                       : unit == PAIRS ? rounded.take(rows, in)
+                                       : arrange<2>(rows, in, arranged);
+            case 3: return unit == AMX ? amx::split<Int8>(rows, in, pieces) : arrange<4>(rows, in, arranged);
         }
     }
 
     // Rows `part` of a matrix times `in`, which is prepared.
     void multiply_prepared(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
+        const Unit unit = unit_of(matrix);
         switch (matrix.dtype) {
-            case 0: return product<float>(matrix, rows, part, in, out);
-            case 1: return narrow_product<BFloat16>(matrix, part, out);
-            case 2: return product<Float16>(matrix, rows, part, in, out);
-            default: return narrow_product<Int8>(matrix, part, out);
+            case 0: return product<ByFloats<float>>(matrix, rows, part, in, out);
+            case 1:
+                return unit == AMX     ? amx::product<BFloat16>(matrix, rows, part, pieces, out)
+                       : unit == PAIRS ? product<ByPairs>(matrix, rows, part, rounded, out)
+                                       : product<ByFloats<BFloat16>>(matrix, rows, part, arranged, out);
+            case 2: return product<ByFloats<Float16>>(matrix, rows, part, in, out);
+            default:
+                return unit == AMX ? amx::product<Int8>(matrix, rows, part, pieces, out)
+                                   : product<ByFloats<Int8>>(matrix, rows, part, arranged, out);
         }
     }
-
-    template <class E> void narrow_product(const Matrix& matrix, Range part, Rows& out) {
-        if (by_amx<E>()) return amx::product<E>(matrix, rows, part, pieces, out);
-        product<E>(matrix, rows, part, arranged, out);
-    }
-
-    // One row of bfloat16 takes as long without.
-    template <class E> bool by_amx() const { return step.amx && (rows > 1 || std::is_same_v<E, Int8>); }
 
     void multiply(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
         prepare(matrix, in);
@@ -345,7 +357,10 @@ bool run(const Model& model, const Step& step) {
 
 }  // namespace decode
 
-// Whether there is a matrix unit for bfloat16 and int8.
-extern "C" int decode_cpu_has_amx() { return decode::amx::is_allowed(); }
+// The best unit that there is.
+extern "C" int decode_cpu_unit() {
+    using namespace decode;
+    return amx::is_allowed() ? AMX : HAS_PAIRS ? PAIRS : VECTORS;
+}
 
 extern "C" int decode_cpu(const decode::Model* model, const decode::Step* step) { return decode::run(*model, *step); }

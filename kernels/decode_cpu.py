@@ -24,9 +24,15 @@ from rwkv_kernels.decode_weights import (
 )
 from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 
-# Rows of a batch, at most, by the dtype of matrices. For more, PyTorch's products of whole batches are as fast.
-MOST_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32}
-MOST_ROWS_BY_AMX = MOST_ROWS | {torch.bfloat16: 64, torch.int8: 128}
+# What multiplies bfloat16 and int8, numbered as in decode_cpu.cpp: the vectors of any CPU; for bfloat16, instructions
+# that add up products of pairs (AVX-512 BF16); or a matrix unit.
+UNITS = ("vectors", "pairs", "amx")
+
+# Rows of a batch, at most, by unit and by the dtype of matrices. For more, PyTorch's products of whole batches are as
+# fast.
+_MOST = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32}
+MOST_ROWS = {"vectors": _MOST, "pairs": _MOST | {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}}
+MOST_ROWS["amx"] = _MOST | {torch.bfloat16: 64, torch.int8: 128}
 
 
 class Decoder:
@@ -43,8 +49,9 @@ class Decoder:
         check(model, "cpu")
         self.model = model  # which keeps what is pointed to
         self._sizes = Sizes.of(model)
-        self._amx = has_amx()
-        self.most_rows = (MOST_ROWS_BY_AMX if self._amx else MOST_ROWS)[model.blocks[0].key.data.dtype]
+        unit = best_unit()
+        self._unit = UNITS.index(unit)
+        self.most_rows = MOST_ROWS[unit][model.blocks[0].key.data.dtype]
         self.few = self.most_rows
         blocks = (BlockPointers * len(model.blocks))(*(BlockPointers(*map(pointers, block)) for block in model.blocks))
         self._blocks = blocks  # which the next one points to
@@ -63,7 +70,7 @@ class Decoder:
             return None
         logits = torch.empty((rows, len(self.model.head.data)), dtype=dtype, device="cpu")
         step = _Step(
-            rows, torch.get_num_threads(), DTYPES.index(dtype), self._amx, TablePointers.of(ids, embeddings),
+            rows, torch.get_num_threads(), DTYPES.index(dtype), self._unit, TablePointers.of(ids, embeddings),
             StackPointers.of(before), StackPointers.of(after), logits.data_ptr(),
         )  # fmt: skip
         is_done = self._run(ctypes.byref(self._model), ctypes.byref(step))
@@ -77,7 +84,7 @@ def load() -> None:
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *fields(Integer, "rows threads dtype amx"),
+        *fields(Integer, "rows threads dtype unit"),
         ("embeddings", TablePointers),
         *fields(StackPointers, "before after"),
         *fields(Pointer, "logits"),
@@ -85,9 +92,13 @@ class _Step(ctypes.Structure):
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether the CPU has a matrix unit, which then multiplies bfloat16 and int8, of any number of rows."""
-    return bool(_library().decode_cpu_has_amx())
+def best_unit() -> str:
+    """Which of ``UNITS`` the CPU has and the kernel was compiled for, the last of them.
+
+    Raises:
+        loader.Unavailable: there is no kernel.
+    """
+    return UNITS[_library().decode_cpu_unit()]
 
 
 @functools.cache

@@ -26,7 +26,6 @@ constexpr int WIDE = 6;  // rows of a batch, at most: the sums take 24 of 32 reg
 #else
 constexpr int WIDE = 2;
 #endif
-constexpr int64_t DEEP = 1024;  // columns, a multiple of any vector's: in the first cache, the tile's rows of a batch
 constexpr int64_t CACHED = 1 << 18;  // bytes of a matrix, in the second cache until all tiles have met them
 constexpr int64_t AHEAD = 1 << 13;  // of one tile: bytes from what is read to what is on its way from memory, or more
 
@@ -98,6 +97,23 @@ ALWAYS_INLINE float sum(Floats x) {
     return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
+// The sums of four vectors.
+ALWAYS_INLINE Quarter sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+#if defined(__AVX512F__)
+    const auto merge = [](const Floats& x, const Floats& y) ALWAYS_INLINED {  // of every four lanes: x, y, x, y
+        const __m512 low = _mm512_unpacklo_ps(bitcast<__m512>(x), bitcast<__m512>(y));
+        return bitcast<__m512d>(low + _mm512_unpackhi_ps(bitcast<__m512>(x), bitcast<__m512>(y)));
+    };
+    const __m512d ab = merge(a, b), cd = merge(c, d);
+    const Floats first = bitcast<Floats>(_mm512_unpacklo_pd(ab, cd));
+    return fold<LANES>(first + bitcast<Floats>(_mm512_unpackhi_pd(ab, cd)));
+#else
+    const Quarter x[] = {fold<LANES>(a), fold<LANES>(b), fold<LANES>(c), fold<LANES>(d)};
+    const auto lane = [&](int i) ALWAYS_INLINED { return Quarter{x[0][i], x[1][i], x[2][i], x[3][i]}; };
+    return (lane(0) + lane(2)) + (lane(1) + lane(3));
+#endif
+}
+
 // -- products ---------------------------------------------------------------------------------------------------------
 
 struct Int8 {
@@ -154,16 +170,15 @@ template <int N, class Body> ALWAYS_INLINE void unrolled(const Body& body) {
     }
 }
 
-// N rows of a matrix, from `row` on, times B rows of `in`.
-template <class E, int B, int N> ALWAYS_INLINE void band(const Tiles& it, int64_t row, const Rows& in, Rows& out) {
-    constexpr int GROUP = PARTS<E> * LANES;
+// Goes over the weights of N rows of a matrix, from `row` on: body(column, vectors), each with as many columns as a vector
+// of E holds. There are zeros after the end of a row.
+template <class E, int N, class Body> ALWAYS_INLINE void each_group(const Tiles& it, int64_t row, const Body& body) {
+    constexpr int64_t GROUP = VECTOR_BYTES / sizeof(E);
     const int64_t stride = it.matrix.columns, begin = it.columns.begin, end = it.columns.end;
     const E* const from = static_cast<const E*>(it.matrix.data) + row * stride;
     const E *const below = from + N * stride, *const next = from + (it.next - it.rows.begin) * stride;
-    const int64_t tile = it.tile, tiles = it.tiles, in_stride = in.stride;
-    const float* const batch = in.at(it.batch, 0);
-    Floats sums[N][B]{};
-    const auto add = [&](int64_t i, auto bytes) ALWAYS_INLINED {
+    const int64_t tile = it.tile, tiles = it.tiles;
+    const auto read = [&](int64_t i, auto bytes) ALWAYS_INLINED {
         Words words[N]{};
         unrolled<N>([&](auto n) ALWAYS_INLINED { std::memcpy(&words[n], from + n * stride + i, bytes); });
         if (tiles == 1) {
@@ -172,58 +187,82 @@ template <class E, int B, int N> ALWAYS_INLINE void band(const Tiles& it, int64_
             if (tile < N) __builtin_prefetch(next + tile * stride + i, 0, 2);
             unrolled<N>([&](auto n) ALWAYS_INLINED { __builtin_prefetch(below + n * stride + i, 0, 3); });
         }
-        unrolled<PARTS<E>>([&](auto p) ALWAYS_INLINED {
-            Floats weights[N];
-            unrolled<N>([&](auto n) ALWAYS_INLINED { weights[n] = part(words[n], p, E{}); });
-            unrolled<B>([&](auto b) ALWAYS_INLINED {
-                const Floats x = load(batch + b * in_stride + i + p * LANES, LANES);
-                unrolled<N>([&](auto n) ALWAYS_INLINED { sums[n][b] += weights[n] * x; });
-            });
-        });
+        body(i, words);
     };
     int64_t i = begin;
-    for (; i + GROUP <= end; i += GROUP) add(i, std::integral_constant<int, VECTOR_BYTES>{});
-    if (i < end) add(i, int(end - i) * int(sizeof(E)));
-    unrolled<B>([&](auto b) ALWAYS_INLINED {
-        float total[N];
-        if constexpr (N == 4) {  // all at once, each in the order of `sum`
-            const Quarter x0 = fold<LANES>(sums[0][b]), x1 = fold<LANES>(sums[1][b]);
-            const Quarter x2 = fold<LANES>(sums[2][b]), x3 = fold<LANES>(sums[3][b]);
-            const auto lane = [&](int i) ALWAYS_INLINED { return Quarter{x0[i], x1[i], x2[i], x3[i]}; };
-            const Quarter y = (lane(0) + lane(2)) + (lane(1) + lane(3));
-            std::memcpy(total, &y, sizeof total);
-        } else {
-            unrolled<N>([&](auto n) ALWAYS_INLINED { total[n] = sum(sums[n][b]); });
-        }
-        float* const to = out.at(it.batch + b, row);
-        for (int n = 0; n < N; ++n) {
-            const float exact = UNIT<E> * total[n], x = it.matrix.scales ? it.matrix.scales[row + n] * exact : exact;
-            to[n] = begin == 0 ? x : to[n] + x;
-        }
-    });
+    for (; i + GROUP <= end; i += GROUP) read(i, std::integral_constant<int, VECTOR_BYTES>{});
+    if (i < end) read(i, int(end - i) * int(sizeof(E)));
 }
 
-template <class E, int B> void multiply_tile(const Tiles& it, const Rows& in, Rows& out) {
+// Leaves in `out` what N rows of a matrix, from `row` on, times row b of the batch are: so many units for each lane.
+template <int N> ALWAYS_INLINE void put(const Tiles& it, int64_t row, int64_t b, const Floats* totals, float unit, Rows& out) {
+    float total[4];
+    if constexpr (N == 4) {
+        const Quarter all = sums(totals[0], totals[1], totals[2], totals[3]);
+        std::memcpy(total, &all, sizeof total);
+    } else {
+        for (int n = 0; n < N; ++n) total[n] = sum(totals[n]);
+    }
+    float* const to = out.at(it.batch + b, row);
+    for (int n = 0; n < N; ++n) {
+        const float exact = unit * total[n], x = it.matrix.scales ? it.matrix.scales[row + n] * exact : exact;
+        to[n] = it.columns.begin == 0 ? x : to[n] + x;
+    }
+}
+
+// A way to multiply: by floats, to which weights of type E are converted. `Rows` of a batch are arranged as E asks for.
+template <class E> struct ByFloats {
+    typedef E Weight;
+    typedef Rows Input;
+    static constexpr int WIDE = decode::WIDE;
+    static constexpr int64_t DEEP = 1024;  // columns, a multiple of any vector's: in the first cache, a tile's of a batch
+
+    // N rows of a matrix, from `row` on, times B rows of `in`.
+    template <int B, int N> static ALWAYS_INLINE void band(const Tiles& it, int64_t row, const Rows& in, Rows& out) {
+        const int64_t in_stride = in.stride;
+        const float* const batch = in.at(it.batch, 0);
+        Floats totals[B][N]{};
+        each_group<E, N>(it, row, [&](int64_t i, const Words* words) ALWAYS_INLINED {
+            unrolled<PARTS<E>>([&](auto p) ALWAYS_INLINED {
+                Floats weights[N];
+                unrolled<N>([&](auto n) ALWAYS_INLINED { weights[n] = part(words[n], p, E{}); });
+                unrolled<B>([&](auto b) ALWAYS_INLINED {
+                    const Floats x = load(batch + b * in_stride + i + p * LANES, LANES);
+                    unrolled<N>([&](auto n) ALWAYS_INLINED {
+                        totals[b][n] = multiply_add(weights[n], x, totals[b][n]);
+                    });
+                });
+            });
+        });
+        unrolled<B>([&](auto b) ALWAYS_INLINED { put<N>(it, row, b, totals[b], UNIT<E>, out); });
+    }
+};
+
+template <class Way, int B>
+void multiply_tile(const Tiles& it, const typename Way::Input& in, Rows& out) {
     int64_t row = it.rows.begin;
-    for (; row + TALL <= it.rows.end; row += TALL) band<E, B, TALL>(it, row, in, out);
-    for (; row < it.rows.end; ++row) band<E, B, 1>(it, row, in, out);
+    for (; row + TALL <= it.rows.end; row += TALL) Way::template band<B, TALL>(it, row, in, out);
+    for (; row < it.rows.end; ++row) Way::template band<B, 1>(it, row, in, out);
 }
 
-template <class E, int... B> constexpr auto tiles_of(std::integer_sequence<int, B...>) {
-    return std::array<void (*)(const Tiles&, const Rows&, Rows&), sizeof...(B)>{multiply_tile<E, B + 1>...};
+template <class Way, int... B> constexpr auto tiles_of(std::integer_sequence<int, B...>) {
+    using Multiply = void (*)(const Tiles&, const typename Way::Input&, Rows&);
+    return std::array<Multiply, sizeof...(B)>{multiply_tile<Way, B + 1>...};
 }
 
-// Rows `range` of a matrix times `batch` rows of `in`, which are arranged, to the same columns of `out`. In a batch of
-// many tiles, each part of the matrix meets all of them before the next part is read.
-template <class E> void product(const Matrix& matrix, int64_t batch, Range range, const Rows& in, Rows& out) {
-    static constexpr auto multiply = tiles_of<E>(std::make_integer_sequence<int, WIDE>{});
-    const int64_t tiles = (batch + WIDE - 1) / WIDE, band_bytes = TALL * std::min(DEEP, matrix.columns) * sizeof(E);
+// Rows `range` of a matrix times `batch` rows of `in` to the same columns of `out`. In a batch of many tiles, each part
+// of the matrix meets all of them before the next part is read.
+template <class Way>
+void product(const Matrix& matrix, int64_t batch, Range range, const typename Way::Input& in, Rows& out) {
+    static constexpr auto multiply = tiles_of<Way>(std::make_integer_sequence<int, Way::WIDE>{});
+    const int64_t tiles = (batch + Way::WIDE - 1) / Way::WIDE, deep = std::min(Way::DEEP, matrix.columns);
+    const int64_t band_bytes = TALL * deep * sizeof(typename Way::Weight);
     const int64_t together = ((tiles == 1 ? AHEAD : CACHED) / band_bytes + 1) * TALL;
     for (int64_t row = range.begin; row < range.end; row += together) {
         const Range rows{row, std::min(range.end, row + together)};
         const int64_t next = tiles == 1 || rows.end < range.end ? rows.end : row;  // past it may be the next matrix
-        for (int64_t i = 0; i < matrix.columns; i += DEEP) {
-            const Range columns{i, std::min(matrix.columns, i + DEEP)};
+        for (int64_t i = 0; i < matrix.columns; i += deep) {
+            const Range columns{i, std::min(matrix.columns, i + deep)};
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t first = batch * tile / tiles, end = batch * (tile + 1) / tiles;
                 multiply[end - first - 1]({matrix, rows, columns, first, next, tile, tiles}, in, out);

@@ -1,6 +1,7 @@
 """Laws about the next token computed at once: nobody can tell it from the modules' but by the clock."""
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,13 +18,13 @@ EVERY_SHAPE["tied"] = PLAIN | {"tie_word_embeddings": True}
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["vectors", "amx"])
+@pytest.fixture(params=decode_cpu.UNITS)
 def unit(request, monkeypatch):
-    """What multiplies bfloat16 and int8: the vectors of any CPU, or the matrix unit of one that has it."""
-    if request.param == "vectors":
-        monkeypatch.setattr(decode_cpu, "has_amx", lambda: False)
-    elif not decode_cpu.has_amx():
-        pytest.skip("this CPU has no matrix unit")
+    """What multiplies bfloat16 and int8, if this CPU has it."""
+    units = decode_cpu.UNITS
+    if units.index(request.param) > units.index(decode_cpu.best_unit()):
+        pytest.skip(f"this CPU, or its compiler, has no {request.param}")
+    monkeypatch.setattr(decode_cpu, "best_unit", lambda: request.param)
     return request.param
 
 
@@ -211,12 +212,10 @@ def test_the_smallest_weights_count(dtype, steps):
     agree(logits, ordinary, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("shape", "rows"), [(WIDE, 17), (WIDE, 49), (LARGE, 64)])
+@pytest.mark.parametrize(("shape", "share"), [(WIDE, 0.26), (WIDE, 0.76), (LARGE, 1)])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_many_rows_are_read_in_parts_that_fit_in_a_cache(kind, shape, rows, steps):
-    if not decode_cpu.has_amx():
-        pytest.skip("this CPU has no matrix unit")
-    rows = 2 * rows if kind == "int8" else rows
+def test_many_rows_are_read_in_parts_that_fit_in_a_cache(kind, shape, share, unit, steps):
+    rows = math.ceil(share * decode_cpu.MOST_ROWS[unit][getattr(torch, kind)])
     model, ids = make(shape), text(rows, 6)
     if kind == "int8":
         torchao = pytest.importorskip("torchao.quantization")
@@ -251,10 +250,7 @@ def test_what_is_wrong_with_a_row_stays_in_it(value, kind, unit, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_many_rows_are_for_the_modules(dtype, unit, steps):
-    model, most = (
-        make(ODD, dtype=dtype),
-        (decode_cpu.MOST_ROWS_BY_AMX if unit == "amx" else decode_cpu.MOST_ROWS)[dtype],
-    )
+    model, most = make(ODD, dtype=dtype), decode_cpu.MOST_ROWS[unit][dtype]
     read(model, text(most, 5))
     assert steps == [most] * 2
     read(model, text(most + 1, 5))
