@@ -2,8 +2,8 @@
 
 `RwkvForCausalLM.forward` asks :func:`next_token` first. It has an answer where nobody could tell the difference but by
 the clock: one new token a row, without autograd, in a model that nobody watches. For a few rows a kernel reads the
-weights of ordinary modules, `rwkv_kernels.decode_cpu` on a CPU and `rwkv_kernels.decode_cuda` on a GPU. For more rows
-on a GPU the modules are replayed from a CUDA graph, if the cache is an :class:`RwkvStaticCache`.
+weights of ordinary modules, `rwkv_kernels.decode_cpu` on a CPU and `rwkv_kernels.decode_cuda` on a GPU. There, if the
+cache is an :class:`RwkvStaticCache`, kernels or modules, for any number of rows, are replayed from a CUDA graph.
 """
 
 import operator
@@ -187,14 +187,14 @@ class _Plan:
 
     def step(self, model: Any, input_ids: Tensor, past: RwkvCache) -> tuple[Tensor, StackedLayers] | None:
         """Logits (B, V) after one more token (B, 1), and the states; None if the modules have to run."""
-        decoder, rows = self.decoder, len(input_ids)
-        if isinstance(past, RwkvStaticCache) and (decoder is None or rows > decoder.few):
-            replay = self._replay(model, input_ids, past) if input_ids.is_cuda else None
-            return None if replay is None else replay.step(input_ids, past)
-        if decoder is None or rows > decoder.most_rows:
+        decoder, rows, is_static = self.decoder, len(input_ids), isinstance(past, RwkvStaticCache)
+        replay = self._replay(model, input_ids, past) if is_static and input_ids.is_cuda else None
+        if replay is not None:
+            return replay.step(input_ids, past)
+        if decoder is None or rows > (decoder.few if is_static else decoder.most_rows):
             return None
         before = StackedLayers.of(past.layers)
-        after = past.other_than(before) if isinstance(past, RwkvStaticCache) else before.empty_like()
+        after = past.other_than(before) if is_static else before.empty_like()
         logits = decoder.step(*table_of(model, input_ids), before.stack, after.stack)
         return None if logits is None else (logits, after)
 

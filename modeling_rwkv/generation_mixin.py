@@ -60,7 +60,7 @@ class RwkvGenerationMixin(StopStringMixin):
         read. After the first tokens it takes the last one of each row, and there is nothing to prepare.
         """
         is_next = not is_first_iteration and next_sequence_length == 1 and isinstance(past_key_values, RwkvCache)
-        if is_next and attention_mask is None and input_ids.device == self.device:
+        if is_next and attention_mask is None:
             kwargs.pop("labels", None)  # of the prompt
             return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, **kwargs}
         if is_first_iteration and next_sequence_length is not None and isinstance(past_key_values, RwkvCache):

@@ -14,6 +14,11 @@ class StackedLayers(Sequence[LayerState]):
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
+        self._views: dict[int, LayerState] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[Stack]]:
+        """Copied and pickled, its parts stay views."""
+        return StackedLayers, (self.stack,)
 
     @classmethod
     def of(cls, layers: Sequence[LayerState]) -> "StackedLayers":
@@ -35,7 +40,9 @@ class StackedLayers(Sequence[LayerState]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [*self][index]
-        return LayerState(*(part[index] for part in self.stack))
+        if index not in self._views:
+            self._views[index] = LayerState(*(part[index] for part in self.stack))
+        return self._views[index]
 
     def __iter__(self) -> Iterator[LayerState]:
         return map(LayerState, *map(Tensor.unbind, self.stack))

@@ -113,9 +113,12 @@ class Replay:
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:
-            stack = self._layers.stack
-            logits = self._decoder.step(*table_of(model, self._ids), stack, stack)
+            before = self._layers.stack
+            after = before.empty_like() if len(self._ids) <= self._decoder.few else before
+            logits = self._decoder.step(*table_of(model, self._ids), before, after)
             if logits is not None:
+                if after is not before:
+                    torch._foreach_copy_(list(before), list(after))
                 return logits
         cache = RwkvCache()
         cache.layers, cache.seen_tokens = list(self._layers), 1

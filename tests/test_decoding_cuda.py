@@ -249,11 +249,12 @@ def test_on_a_gpu_generation_with_a_static_cache_writes_the_same(options, rows):
 
 
 @on_a_gpu
-def test_on_a_gpu_graphs_are_captured_once_and_caches_take_turns_in_them(monkeypatch):
+@pytest.mark.parametrize("rows", [1, decode_cuda.MOST_ROWS, decode_cuda.MOST_ROWS + 3])
+def test_on_a_gpu_graphs_are_captured_once_and_caches_take_turns_in_them(rows, monkeypatch):
     captured = []
     graph = torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: captured.append(1) or graph(*args, **kwargs))
-    model, rows = make(PLAIN).to(HERE), decode_cuda.MOST_ROWS + 3
+    model = make(PLAIN).to(HERE)
     texts = [text(rows, 9, seed=seed).to(HERE) for seed in (1, 2)]
     expected = [read(model, ids)[0] for ids in texts]
     with torch.no_grad():
@@ -269,8 +270,9 @@ def test_on_a_gpu_graphs_are_captured_once_and_caches_take_turns_in_them(monkeyp
 
 
 @on_a_gpu
-def test_on_a_gpu_a_change_between_two_texts_is_seen():
-    model, rows = make(PLAIN).to(HERE), decode_cuda.MOST_ROWS + 1
+@pytest.mark.parametrize("rows", [1, decode_cuda.MOST_ROWS + 1])
+def test_on_a_gpu_a_change_between_two_texts_is_seen(rows):
+    model = make(PLAIN).to(HERE)
     ids = text(rows, 9).to(HERE)
     before, _ = read(model, ids, cache=RwkvStaticCache())
     for change in (lambda x: x.data.mul_(1.5), lambda x: setattr(x, "data", x.data * 1.5)):
