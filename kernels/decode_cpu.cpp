@@ -3,10 +3,10 @@
 //
 // Symbols: B rows of the batch, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
 //
-// Between weights and what is returned all is float32, which has room for any residual stream: none is scaled. Threads
-// share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
+// Between weights and what is returned all is float32, but for what meets weights by pairs; it has room for any residual
+// stream: none is scaled. Threads share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
 // each other four times a block. A number is the same sum in the same order whatever the number of threads or rows; but
-// one row of bfloat16 alone is not what others make of it.
+// for bfloat16 on a CPU with a matrix unit, which one row alone does without.
 
 #include <algorithm>
 #include <atomic>
@@ -227,37 +227,32 @@ class Worker {
         });
     }
 
-    // What multiplies a matrix. Pairs are of bfloat16; of one row of it vectors are as fast, and round nothing.
-    Unit unit_of(const Matrix& matrix) const {
-        const bool is_bfloat16 = matrix.dtype == 1, is_int8 = matrix.dtype == 3;
-        return (is_bfloat16 && rows > 1) || (is_int8 && step.unit == AMX) ? Unit(step.unit) : VECTORS;
-    }
+
+    // One row of bfloat16 takes as long without a matrix unit.
+    bool by_amx(bool is_bfloat16) const { return step.unit == AMX && !(is_bfloat16 && rows == 1); }
 
     // As a product with such a matrix reads it.
     void prepare(const Matrix& matrix, const Rows& in) {
-        const Unit unit = unit_of(matrix);
         switch (matrix.dtype) {
             case 1:
-                return unit == AMX     ? amx::split<BFloat16>(rows, in, pieces)
-                       : unit == PAIRS ? rounded.take(rows, in)
-                                       : arrange<2>(rows, in, arranged);
-            case 3: return unit == AMX ? amx::split<Int8>(rows, in, pieces) : arrange<4>(rows, in, arranged);
+                if (by_amx(true)) return amx::split<BFloat16>(rows, in, pieces);
+                return step.unit == PAIRS ? rounded.take(rows, in) : arrange<2>(rows, in, arranged);
+            case 3: return by_amx(false) ? amx::split<Int8>(rows, in, pieces) : arrange<4>(rows, in, arranged);
         }
     }
 
     // Rows `part` of a matrix times `in`, which is prepared.
     void multiply_prepared(const Matrix& matrix, const Rows& in, Range part, Rows& out) {
-        const Unit unit = unit_of(matrix);
         switch (matrix.dtype) {
             case 0: return product<ByFloats<float>>(matrix, rows, part, in, out);
             case 1:
-                return unit == AMX     ? amx::product<BFloat16>(matrix, rows, part, pieces, out)
-                       : unit == PAIRS ? product<ByPairs>(matrix, rows, part, rounded, out)
-                                       : product<ByFloats<BFloat16>>(matrix, rows, part, arranged, out);
+                if (by_amx(true)) return amx::product<BFloat16>(matrix, rows, part, pieces, out);
+                if (step.unit == PAIRS) return by_pairs(matrix, rows, part, rounded, out);
+                return product<ByFloats<BFloat16>>(matrix, rows, part, arranged, out);
             case 2: return product<ByFloats<Float16>>(matrix, rows, part, in, out);
             default:
-                return unit == AMX ? amx::product<Int8>(matrix, rows, part, pieces, out)
-                                   : product<ByFloats<Int8>>(matrix, rows, part, arranged, out);
+                if (by_amx(false)) return amx::product<Int8>(matrix, rows, part, pieces, out);
+                return product<ByFloats<Int8>>(matrix, rows, part, arranged, out);
         }
     }
 

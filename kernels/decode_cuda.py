@@ -87,9 +87,9 @@ class Decoder:
             same.
         """
         rows, ids = len(ids), ids.contiguous()
-        if rows > self.most_rows or embeddings.data_ptr() % PIECE:
+        if not 0 < rows <= self.most_rows or not self._sizes.fit(ids, embeddings, before, after):
             return None
-        if not self._sizes.fit(ids, embeddings, before, after):
+        if embeddings.data_ptr() % PIECE:
             return None
         table = TablePointers.of(ids, embeddings)
         with torch.cuda.device(self.device):

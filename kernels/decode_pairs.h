@@ -34,6 +34,8 @@ struct Rounded {
     }
 };
 
+#if HAS_PAIRS
+
 // A way to multiply, as ByFloats is.
 struct ByPairs {
     typedef BFloat16 Weight;
@@ -47,21 +49,26 @@ struct ByPairs {
         Floats totals[B][N]{};
         each_group<BFloat16, N>(it, row, [&](int64_t i, const Words* words) ALWAYS_INLINED {
             unrolled<B>([&](auto b) ALWAYS_INLINED {
-                const Words x = batch[b * stride + i / (2 * LANES)];
-                unrolled<N>([&](auto n) ALWAYS_INLINED { totals[b][n] = add_products(words[n], x, totals[b][n]); });
+                const __m512bh x = bitcast<__m512bh>(batch[b * stride + i / (2 * LANES)]);
+                unrolled<N>([&](auto n) ALWAYS_INLINED {
+                    __m512 total = bitcast<__m512>(totals[b][n]);
+                    total = _mm512_dpbf16_ps(total, bitcast<__m512bh>(words[n]), x);
+                    totals[b][n] = bitcast<Floats>(total);
+                });
             });
         });
         unrolled<B>([&](auto b) ALWAYS_INLINED { put<N>(it, row, b, totals[b], 1, out); });
     }
-
-  private:
-    static ALWAYS_INLINE Floats add_products(const Words& x, const Words& y, const Floats& sum) {
-#if HAS_PAIRS
-        return bitcast<Floats>(_mm512_dpbf16_ps(bitcast<__m512>(sum), bitcast<__m512bh>(x), bitcast<__m512bh>(y)));
-#else
-        return sum;
-#endif
-    }
 };
+
+inline void by_pairs(const Matrix& matrix, int64_t batch, Range range, const Rounded& in, Rows& out) {
+    product<ByPairs>(matrix, batch, range, in, out);
+}
+
+#else
+
+inline void by_pairs(const Matrix&, int64_t, Range, const Rounded&, Rows&) {}  // which nobody is offered
+
+#endif
 
 }  // namespace decode

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_rwkv.configuration_rwkv import RwkvConfig
+from rwkv_kernels.decode_weights import Stack
 
 logger = logging.get_logger(__name__)
 
@@ -56,24 +57,57 @@ class RwkvCache(Cache):
     is_compileable = False
     is_croppable = False
     is_sliding: list[bool] = []
+    _layers: list[LayerState]
+    _stack: Stack | None
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.layers: Sequence[LayerState] = []
         self.seen_tokens = 0
         self.fingerprint: Tensor | None = None
 
     def __repr__(self) -> str:
-        return f"RwkvCache(layers={len(self.layers)}, batch_size={self.batch_size}, seen_tokens={self.seen_tokens})"
+        return f"RwkvCache(layers={len(self._states())}, batch_size={self.batch_size}, seen_tokens={self.seen_tokens})"
+
+    @property
+    def layers(self) -> list[LayerState]:
+        """One state for each block: a list that may be edited."""
+        if self._stack is not None:  # from now on somebody else may hold, and edit, what is in the list
+            self.layers = [LayerState(*map(torch.clone, state)) for state in self._states()]
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: list[LayerState]) -> None:
+        self._layers, self._stack = layers, None
+
+    @property
+    def stack(self) -> Stack | None:
+        """The states in one piece, as kernels of the next token read them; None if they don't fit together."""
+        if self._stack is None and _fit_together(self._layers):
+            self.stack = Stack.of(self._layers)
+        return self._stack
+
+    @stack.setter
+    def stack(self, stack: Stack) -> None:
+        self._layers, self._stack = [], stack
+
+    def lives_in(self, stack: Stack) -> bool:
+        """Whether these very tensors are its states."""
+        return self._stack is stack
+
+    def _states(self) -> list[LayerState]:
+        """``layers``, to look at; they may be views."""
+        return self._layers if self._stack is None else unstacked(self._stack)
 
     @property
     def batch_size(self) -> int:
         """Number of rows, or -1 before the first token."""
-        return self.layers[0].wkv.shape[0] if self.layers else -1
+        if self._stack is not None:
+            return self._stack.wkv.shape[1]
+        return self._layers[0].wkv.shape[0] if self._layers else -1
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.layers)
+        return self.batch_size >= 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions read so far, padding included."""
@@ -86,21 +120,26 @@ class RwkvCache(Cache):
     get_max_cache_shape = get_max_length  # its name in older transformers
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return bool(self.layers)
+        return self.is_initialized
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.seen_tokens + query_length, 0
 
     def advance(
-        self, layers: Sequence[LayerState], tokens: int, input_ids: Tensor | None, valid: Tensor | None
+        self, states: list[LayerState] | Stack, tokens: int, input_ids: Tensor | None, valid: Tensor | None
     ) -> "RwkvCache":
         """The cache after one more pass over ``tokens`` positions: itself without autograd, a new one with it.
 
+        states: those after it.
         input_ids: (B, tokens) or None where only embeddings are known; valid: (B, tokens) bool, None for all.
         """
         cache = RwkvCache() if torch.is_grad_enabled() else self
         cache.fingerprint = _fingerprint(self.fingerprint, input_ids, valid) if input_ids is not None else None
-        cache.seen_tokens, cache.layers = self.seen_tokens + tokens, layers
+        cache.seen_tokens = self.seen_tokens + tokens
+        if isinstance(states, Stack):
+            cache.stack = states
+        else:
+            cache.layers = states
         return cache
 
     def has_read(self, input_ids: Tensor, valid: Tensor | None = None) -> bool:
@@ -157,7 +196,8 @@ class RwkvCache(Cache):
 
     def check_sizes(self, config: RwkvConfig, name: str) -> None:
         """Raises ValueError, which calls the cache ``name``, if it is not of a model with this configuration."""
-        sizes = len(self.layers), self.layers[0].time_mix.shape[-1], self.layers[0].wkv.shape[-1]
+        states = self._states()
+        sizes = len(states), states[0].time_mix.shape[-1], states[0].wkv.shape[-1]
         expected = config.num_hidden_layers, config.hidden_size, config.attention_hidden_size
         if sizes != expected:
             raise ValueError(
@@ -184,7 +224,7 @@ class RwkvCache(Cache):
         self.fingerprint = None
 
     def _apply(self, change: Any) -> None:
-        self.layers = [LayerState(*map(change, layer)) for layer in self.layers]
+        self.layers = [LayerState(*map(change, state)) for state in self._states()]
         if self.fingerprint is not None:
             self.fingerprint = change(self.fingerprint)
 
@@ -237,11 +277,11 @@ class RwkvCache(Cache):
             ValueError: there is no state yet, or its sizes are not those of ``model``.
             OSError: the file cannot be written.
         """
-        if not self.layers:
+        if not self.is_initialized:
             raise ValueError("this RwkvCache is empty, there is nothing to save: run the model on some tokens first")
         tensors = {
             f"layers.{i}.{name}": tensor.detach().contiguous()
-            for i, layer in enumerate(self.layers)
+            for i, layer in enumerate(self._states())
             for name, tensor in layer._asdict().items()
         }
         if self.fingerprint is not None:
@@ -249,7 +289,7 @@ class RwkvCache(Cache):
         metadata = {f"notes.{name}": text for name, text in (notes or {}).items()} | {
             "format": _FORMAT,
             "seen_tokens": str(self.seen_tokens),
-            "num_layers": str(len(self.layers)),
+            "num_layers": str(len(self._states())),
         }
         if model is not None:
             self.check_sizes(model.config, "the state")
@@ -300,6 +340,11 @@ class RwkvCache(Cache):
         return cache
 
 
+def unstacked(stack: Stack) -> list[LayerState]:
+    """Views of a stack, one state for each block."""
+    return [*map(LayerState, *map(Tensor.unbind, stack))]
+
+
 def saved_notes(path: str | os.PathLike) -> dict[str, str]:
     """The notes that :meth:`RwkvCache.save` put into a file.
 
@@ -339,12 +384,12 @@ def _opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iter
         raise ValueError(f"{path} is not a saved RwkvCache, or is damaged ({error})") from error
 
 
-def _fit_together(layers: Sequence[LayerState]) -> bool:
-    """Whether there are layers, all of the shapes that LayerState says, for one B, C and A."""
-    shapes = {tuple(part.shape for part in layer) for layer in layers}
-    if len(shapes) != 1:
+def _fit_together(layers: list[LayerState]) -> bool:
+    """Whether there are layers, all of the shapes that LayerState says, for one B, C and A, and of the same dtypes."""
+    kinds = {tuple((part.shape, part.dtype, part.device) for part in layer) for layer in layers}
+    if len(kinds) != 1:
         return False
-    ((time_mix, channel_mix, wkv),) = shapes
+    time_mix, channel_mix, wkv = (shape for shape, *_ in kinds.pop())
     return len(time_mix) == 2 and time_mix == channel_mix and len(wkv) == 3 and wkv[:2] == (time_mix[0], 3)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +21,9 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_rwkv.cache import RwkvCache
-from modeling_rwkv.stacked_layers import StackedLayers
-from modeling_rwkv.static_cache import Replay, RwkvStaticCache, table_of
+from modeling_rwkv.static_cache import Replay, RwkvStaticCache, rows_of, table_of
 from rwkv_kernels import decode_cpu, decode_cuda, decode_weights
+from rwkv_kernels.decode_weights import Stack
 from rwkv_kernels.loader import Unavailable
 from rwkv_kernels.wkv4_native import are_at_hand
 
@@ -56,13 +56,13 @@ def next_token(
         return None
     if device.type not in DECODERS or not _reads_all(attention_mask, rows):
         return None
-    held = _held.get()
-    plan = held.plan(past) if held is not None and held.model is model else _plan_for(model, past)
-    result = None if plan is None else plan.step(model, input_ids, past)
+    once = _once.get()
+    found = once.look(past) if once is not None and once.model is model else _look(model, past)
+    result = None if found is None else found.plan.step(model, input_ids, past, found.table)
     if result is None:
         return None
-    logits, layers = result
-    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past.advance(layers, 1, input_ids, None))
+    logits, states = result
+    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past.advance(states, 1, input_ids, None))
 
 
 def why_not(model: Any) -> str | None:
@@ -80,35 +80,47 @@ def _reads_all(attention_mask: Tensor | None, rows: int) -> bool:
     return len(shape) == 2 and shape[0] == rows and shape[1] > 0 and bool(attention_mask[:, -1].all())
 
 
-class _Held:
+class _Found(NamedTuple):
+    """What computes the next token of a model, and the table of its embeddings, if they are one."""
+
+    plan: "_Plan"
+    table: Tensor | None
+
+
+class _Once:
     """A model that is looked at once, see :func:`held`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._found: tuple[_Plan | None, list[Tensor]] | None = None
+        self._found: dict[type, _Found | None] = {}
+        self._kept: list[Tensor] = []
 
-    def plan(self, cache: RwkvCache) -> "_Plan | None":
-        if self._found is None:
-            plan = _plan_for(self.model, cache)
-            self._found = plan, [] if plan is None else plan.weights()
-        return self._found[0]
+    def look(self, cache: RwkvCache) -> _Found | None:
+        kind = type(cache)
+        if kind not in self._found:
+            found = _look(self.model, cache)
+            if found is not None:
+                self._kept += found.plan.weights()
+                found = found._replace(table=None if found.table is None else found.table.data)
+            self._found[kind] = found
+        return self._found[kind]
 
 
-_held: ContextVar[_Held | None] = ContextVar("_held", default=None)
+_once: ContextVar[_Once | None] = ContextVar("_once", default=None)
 
 
 @contextmanager
 def held(model: Any) -> Iterator[None]:
     """Within, as in `generate`, nobody replaces weights, modules or hooks of the model: it is looked at once.
 
-    A look at each token would take a millisecond where weights have driven all else out of the caches. In place
-    weights may be edited, and what is replaced all the same stays in memory as long.
+    A look at each token would take half a millisecond where weights have driven all else out of the caches. In place
+    weights may be edited, and what is replaced all the same is read to the end.
     """
-    before = _held.set(_Held(model))
+    before = _once.set(_Once(model))
     try:
         yield
     finally:
-        _held.reset(before)
+        _once.reset(before)
 
 
 # Weights are found once: a plan holds as long as every module and tensor is the one that was found.
@@ -124,7 +136,7 @@ def _plan_of(model: nn.Module) -> "_Plan":
     return plan
 
 
-def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan | None":
+def _look(model: nn.Module, cache: RwkvCache) -> _Found | None:
     """None where somebody watches the modules.
 
     A static cache keeps to the plan that it began with. Where there are modules of others, such as adapters that can
@@ -137,13 +149,13 @@ def _plan_for(model: nn.Module, cache: RwkvCache) -> "_Plan | None":
             plan = _plan_of(model)
             cache.plan = weakref.ref(model), plan if plan.is_ours else _Plan(model)
         plan = cache.plan[1]
-    return None if plan.is_hooked() else plan
+    return None if plan.is_hooked() else _Found(plan, plan.table)
 
 
 class _Plan:
     """A decoder of a model, or the reason that there is none; and what shows whether that is still so.
 
-    replays: the model as a CUDA graph, for each number of rows, stream and kind of state; None where it cannot be one.
+    replays: the model as a CUDA graph, for each stream and kind of states; None where it cannot be one.
     """
 
     def __init__(self, model: Any) -> None:
@@ -164,6 +176,7 @@ class _Plan:
         self.reason: str | None = None
         self.is_ours = False  # whether this package's modules, and embeddings, are all that there is
         self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
+        self.table = table_of(model.rwkv.embeddings)
         try:
             weights = _weights(model)
             self.is_ours = type(model.rwkv.embeddings) is nn.Embedding
@@ -185,28 +198,32 @@ class _Plan:
         """The tensors as they are now, whatever becomes of the parameters."""
         return [x.data for x in self._tensors]
 
-    def step(self, model: Any, input_ids: Tensor, past: RwkvCache) -> tuple[Tensor, StackedLayers] | None:
+    def step(
+        self, model: Any, input_ids: Tensor, past: RwkvCache, table: Tensor | None
+    ) -> tuple[Tensor, Stack] | None:
         """Logits (B, V) after one more token (B, 1), and the states; None if the modules have to run."""
-        decoder, rows, is_static = self.decoder, len(input_ids), isinstance(past, RwkvStaticCache)
-        replay = self._replay(model, input_ids, past) if is_static and input_ids.is_cuda else None
-        if replay is not None:
-            return replay.step(input_ids, past)
-        if decoder is None or rows > (decoder.few if is_static else decoder.most_rows):
+        decoder = None if self.decoder is None or len(input_ids) > self.decoder.most_rows else self.decoder
+        is_static = isinstance(past, RwkvStaticCache)
+        can_replay = is_static and input_ids.is_cuda
+        if (decoder is None and not can_replay) or (states := past.stack) is None:
             return None
-        before = StackedLayers.of(past.layers)
-        after = past.other_than(before) if is_static else before.empty_like()
-        logits = decoder.step(*table_of(model, input_ids), before.stack, after.stack)
+        if can_replay and (replay := self._replay(model, input_ids, past, states)) is not None:
+            return replay.step(input_ids, past, states)
+        if decoder is None:
+            return None
+        after = past.other_than(states) if is_static else states.empty_like()
+        logits = decoder.step(*rows_of(table, model, input_ids), states, after)
         return None if logits is None else (logits, after)
 
-    def _replay(self, model: Any, input_ids: Tensor, past: RwkvStaticCache) -> Replay | None:
+    def _replay(self, model: Any, input_ids: Tensor, past: RwkvCache, states: Stack) -> Replay | None:
         device = input_ids.device
-        if model.training or past.layers[0].wkv.device != device or torch.cuda.is_current_stream_capturing():
+        if model.training or states.wkv.device != device or torch.cuda.is_current_stream_capturing():
             return None
-        past.check_sizes(model.config, "past_key_values")
-        key = past.batch_size, torch.cuda.current_stream(device).cuda_stream, *map(_DTYPE, past.layers[0])
+        key = torch.cuda.current_stream(device).cuda_stream, *map(_SHAPE, states), *map(_DTYPE, states)
         if key not in self.replays:
+            past.check_sizes(model.config, "past_key_values")
             decoder = self.decoder if isinstance(self.decoder, decode_cuda.Decoder) else None
-            self.replays[key] = Replay.of(model, decoder, past.layers)
+            self.replays[key] = Replay.of(model, decoder, self.table, states)
         return self.replays[key]
 
     def _now(self) -> list[Any]:

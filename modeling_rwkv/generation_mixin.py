@@ -1,9 +1,11 @@
 """What `generate` of transformers has to know about a recurrent state."""
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from modeling_rwkv.cache import RwkvCache
 from modeling_rwkv.decoding import held
@@ -14,11 +16,12 @@ from modeling_rwkv.stopping import StopStringMixin
 class RwkvGenerationMixin(StopStringMixin):
     """`generate`, which continues from an :class:`RwkvCache`.
 
-    ``cache_implementation="static"`` lets the state be written over, see :class:`RwkvStaticCache`.
+    ``cache_implementation="static"`` lets the state be written over, see :class:`RwkvStaticCache`. While it runs,
+    weights may be edited in place; what is replaced, and hooks that are added, count from the next call on.
     """
 
+    @functools.wraps(inspect.unwrap(GenerationMixin.generate))
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """That of transformers. Weights are looked up once, so while it runs none may be replaced; edits are seen."""
         with held(self):
             return super().generate(*args, **kwargs)
 

@@ -5,17 +5,16 @@
 
 import threading
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from modeling_rwkv.cache import LayerState, RwkvCache
-from modeling_rwkv.stacked_layers import StackedLayers
+from modeling_rwkv.cache import RwkvCache, unstacked
 from rwkv_kernels.decode_cuda import Decoder
 from rwkv_kernels.decode_weights import Stack
+from rwkv_kernels.wkv4_native import are_at_hand
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +22,7 @@ WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate
 
 
 class RwkvStaticCache(RwkvCache):
-    """An :class:`RwkvCache` whose tensors are used again: what ``layers`` held is gone after the next tokens.
+    """An :class:`RwkvCache` whose tensors are used again: what they held is gone after the next tokens.
 
     On a GPU one more token of a batch of any size then costs no allocation and next to no work of the CPU. A
     :meth:`clone` keeps a state. Until `generate` is given it again, or :meth:`reset`, weights may be edited in place
@@ -35,7 +34,7 @@ class RwkvStaticCache(RwkvCache):
     def __init__(self) -> None:
         super().__init__()
         self.plan: tuple[weakref.ref[Any], Any] | None = None
-        self._pair: tuple[StackedLayers, StackedLayers] | None = None
+        self._pair: tuple[Stack, Stack] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None, "_pair": None}
@@ -53,24 +52,24 @@ class RwkvStaticCache(RwkvCache):
         super().reset()
         self.plan = None
 
-    def other_than(self, layers: StackedLayers) -> StackedLayers:
-        """Room for the states after those in ``layers``: two take turns."""
-        if self._pair is None or not any(layers is one for one in self._pair):
-            self._pair = layers, layers.empty_like()
-        return self._pair[layers is self._pair[0]]
+    def other_than(self, stack: Stack) -> Stack:
+        """Room for the states after those in ``stack``: two take turns."""
+        if self._pair is None or not any(stack is one for one in self._pair):
+            self._pair = stack, stack.empty_like()
+        return self._pair[stack is self._pair[0]]
 
 
 class Replay:
     """One token of a model, for a batch of B rows on one stream, as a CUDA graph. One cache at a time lives in it."""
 
-    def __init__(self, model: Any, decoder: Decoder | None, layers: Sequence[LayerState]) -> None:
-        """decoder: of the model, if there is one; layers: states, whose shapes and dtypes are those to come."""
-        device = layers[0].wkv.device
-        self._decoder = decoder
+    def __init__(self, model: Any, decoder: Decoder | None, table: Tensor | None, states: Stack) -> None:
+        """decoder, table: of the model, if there are; states: whose shapes and dtypes are those to come."""
+        device = states.wkv.device
+        self._decoder, self._table = decoder, table
         self._lock = threading.Lock()
         self._owner: weakref.ref[RwkvCache] = weakref.ref(RwkvCache())
-        self._ids = torch.zeros((len(layers[0].wkv), 1), dtype=torch.int64, device=device)
-        self._layers = StackedLayers(Stack.of(layers))
+        self._ids = torch.zeros((states.wkv.shape[1], 1), dtype=torch.int64, device=device)
+        self._stack = Stack(*map(torch.clone, states))
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -82,60 +81,67 @@ class Replay:
             self._logits = self._read(model)
 
     @classmethod
-    def of(cls, model: Any, decoder: Decoder | None, layers: Sequence[LayerState]) -> "Replay | None":
+    def of(cls, model: Any, decoder: Decoder | None, table: Tensor | None, states: Stack) -> "Replay | None":
         """None, and a warning, where something in the model cannot be captured."""
         devices = {x.device for x in model.parameters()}
         if len(devices) > 1:
             return None
-        current = torch.cuda.current_stream(layers[0].wkv.device)  # PyTorch does not return to it from a failure
+        current = torch.cuda.current_stream(states.wkv.device)  # PyTorch does not return to it from a failure
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(current):
-                return cls(model, decoder, layers)
+                return cls(model, decoder, table, states)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             random = torch.cuda.default_generators[current.device_index]
             random.graphsafe_set_state(random.clone_state())  # before 2.13, the old one still counts for the capture
-            logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed module by module.")
+            logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed without one.")
             return None
 
-    def step(self, input_ids: Tensor, cache: RwkvCache) -> tuple[Tensor, StackedLayers]:
-        """Logits (B, V) after one more token (B, 1) of ``cache``, and its states after it."""
+    def step(self, input_ids: Tensor, cache: RwkvCache, states: Stack) -> tuple[Tensor, Stack]:
+        """Logits (B, V) after one more token (B, 1) of ``cache``, which is in ``states``, and those after it."""
         with self._lock:
-            if cache.layers is not self._layers:
+            if states is not self._stack:
                 owner = self._owner()
-                if owner is not None and owner.layers is self._layers:
-                    owner.layers = [LayerState(*map(torch.clone, layer)) for layer in self._layers]
-                _copy(self._layers, cache.layers)
+                if owner is not None and owner.lives_in(self._stack):
+                    owner.stack = Stack(*map(torch.clone, self._stack))
+                _copy(self._stack, states)
                 self._owner = weakref.ref(cache)
             self._ids.copy_(input_ids)
             self._graph.replay()
-            return self._logits.clone(), self._layers
+            return self._logits.clone(), self._stack
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:
-            before = self._layers.stack
-            after = before.empty_like() if len(self._ids) <= self._decoder.few else before
-            logits = self._decoder.step(*table_of(model, self._ids), before, after)
+            after = self._stack.empty_like() if len(self._ids) <= self._decoder.few else self._stack
+            logits = self._decoder.step(*rows_of(self._table, model, self._ids), self._stack, after)
             if logits is not None:
-                if after is not before:
-                    torch._foreach_copy_(list(before), list(after))
+                if after is not self._stack:
+                    _copy(self._stack, after)
                 return logits
         cache = RwkvCache()
-        cache.layers, cache.seen_tokens = list(self._layers), 1
+        cache.layers, cache.seen_tokens = unstacked(self._stack), 1
         outputs = model.rwkv(self._ids, past_key_values=cache, use_cache=True, return_dict=True)
         logits = model.head(outputs.last_hidden_state[:, -1])
-        _copy(self._layers, cache.layers)
+        _copy(self._stack, outputs.past_key_values.stack)
         return logits
 
 
-def table_of(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (B, 1), and a table (any number, C) whose rows they are: the embeddings, or what these make of the ids."""
-    embeddings = model.rwkv.embeddings
-    if type(embeddings) is nn.Embedding and embeddings.max_norm is None:
-        return input_ids, embeddings.weight
-    x = embeddings(input_ids)[:, 0].contiguous()
+def table_of(embeddings: Any) -> Tensor | None:
+    """The embeddings as a table whose rows ids are; None where the module makes something else of them."""
+    is_plain = type(embeddings) is nn.Embedding and nn.Embedding.forward.__qualname__ == "Embedding.forward"
+    if not is_plain or embeddings.max_norm is not None or not are_at_hand(embeddings.weight):
+        return None
+    weight: Tensor = embeddings.weight
+    return weight if weight.is_contiguous() else None
+
+
+def rows_of(table: Tensor | None, model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, 1), and a table (any number, C) whose rows they are: that of the model, or what it makes of the ids."""
+    if table is not None:
+        return input_ids.long() if input_ids.dtype == torch.int32 else input_ids, table
+    x = model.rwkv.embeddings(input_ids)[:, 0].contiguous()
     return torch.arange(len(x), device=x.device)[:, None], x
 
 
-def _copy(to: Sequence[LayerState], layers: Sequence[LayerState]) -> None:
-    torch._foreach_copy_([x for layer in to for x in layer], [x for layer in layers for x in layer])
+def _copy(to: Stack, states: Stack) -> None:
+    torch._foreach_copy_(list(to), list(states))

@@ -2,12 +2,13 @@
 
 import copy
 import gc
+import inspect
 
 import pytest
 import torch
 from models import ODD, PLAIN, TOLERANCE, agree, both, make, read, same, text
 from torch import nn
-from transformers import LogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor
 
 from modeling_rwkv import RwkvCache, decoding
 from rwkv_kernels import decode_cpu
@@ -125,7 +126,11 @@ def test_an_edit_while_a_text_is_written_is_seen(change, steps):
     agree(found, scores(other, ids, change), atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [_replace_data, _replace_parameter, _replace_module])
+def _replace_embeddings(model):
+    model.rwkv.embeddings.weight.data = model.rwkv.embeddings.weight.data * 2
+
+
+@pytest.mark.parametrize("change", [_replace_data, _replace_parameter, _replace_module, _replace_embeddings])
 def test_what_is_replaced_while_a_text_is_written_is_read_to_its_end(change, steps):
     def replace(model):
         change(model)
@@ -148,6 +153,13 @@ def test_a_model_is_looked_at_once_for_a_text(monkeypatch, steps):
     assert len(steps) == 24 and len(looks) == 2  # the first text finds the weights
     read(model, ids)
     assert len(looks) == 8
+
+
+def test_generate_is_that_of_transformers_to_who_looks(steps):
+    model, ids = make(ODD), text(2, 4)
+    assert inspect.signature(model.generate) == inspect.signature(GenerationMixin.generate.__get__(model))
+    given = {"max_new_tokens": 3, "pad_token_id": 0}
+    same(model.generate.__wrapped__(model, ids, **given), model.generate(ids, **given))  # with autograd
 
 
 def test_models_that_write_within_each_other_are_told_apart(steps):
@@ -214,6 +226,20 @@ def test_the_modules_run_where_somebody_put_something_between(watch, steps):
         model.native_decoding = False
         same(after, model(ids, past_key_values=past.clone()).logits)
     assert not torch.allclose(before, after)
+
+
+def test_embeddings_are_read_as_their_module_gives_them(monkeypatch, steps):
+    model, ids = make(ODD), text(2, 7)
+    plain, _ = read(model, ids)
+    weight = model.rwkv.embeddings.weight
+    model.rwkv.embeddings.weight = nn.Parameter(torch._neg_view(-weight.detach()))
+    same(read(model, ids)[0], plain)
+    model.rwkv.embeddings.weight = weight
+    forward = nn.Embedding.forward
+    monkeypatch.setattr(nn.Embedding, "forward", lambda self, x: forward(self, x) * 2)
+    (logits, _), (expected, _) = both(model, ids)
+    agree(logits, expected, atol=1e-4)
+    assert not torch.allclose(logits, plain) and steps == [2] * 12
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -327,8 +353,13 @@ def test_errors_are_those_of_the_modules(steps):
             model(ids[:, :1], past_key_values=read(make(PLAIN), ids)[1])
         with pytest.raises(ValueError, match="attention_mask has shape"):
             model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(3, 1))
-        with pytest.raises(IndexError):
-            model(torch.full((2, 1), 61), past_key_values=cache)
+        for wrong in (61, -1):
+            with pytest.raises(IndexError):
+                model(torch.full((2, 1), wrong), past_key_values=cache)
+        other = cache.clone()
+        other.layers[1] = other.layers[1]._replace(time_mix=other.layers[1].time_mix[:1])
+        with pytest.raises(ValueError, match="shape"):
+            model(ids[:, :1], past_key_values=other)
 
 
 def test_without_a_compiler_the_modules_run(monkeypatch, steps):

@@ -137,15 +137,15 @@ def test_a_static_cache_is_written_over_and_its_clone_is_not(launches):
     expected, _ = read(model, ids)
     logits, cache = read(model, ids, cache=RwkvStaticCache())
     same(logits, expected)
-    held, clone, addresses = cache.layers, cache.clone(), set()
+    held, clone, addresses = cache.stack, cache.clone(), set()
     kept = [x.clone() for x in contents(clone)]
     with torch.no_grad():
         for token in ids.T:
             model(token[:, None], past_key_values=cache, use_cache=True)
-            addresses.add(tuple(x.data_ptr() for layer in cache.layers for x in layer))
+            addresses.add(tuple(x.data_ptr() for x in cache.stack))
     assert len(addresses) == 2
     same(contents(clone), kept)
-    assert not torch.equal(held[0].wkv, kept[2])
+    assert not torch.equal(held.wkv, clone.stack.wkv)
     with torch.no_grad():
         one = model(ids[:, :1], past_key_values=clone, use_cache=True).logits
     same(one, read(model, torch.cat([ids, ids[:, :1]], 1), cache=RwkvStaticCache())[0][:, -1:])

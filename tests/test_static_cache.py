@@ -97,7 +97,7 @@ def graph_of(launches, monkeypatch):
         cache = RwkvStaticCache() if cache is None else cache
         with torch.no_grad():
             (sizes_of or model)(text(5, 3, 31), past_key_values=cache, use_cache=True)
-        return decoding._plan_for(model, cache)._replay(model, text(5, 1, 31), cache)
+        return decoding._look(model, cache).plan._replay(model, text(5, 1, 31), cache, cache.stack)
 
     return graph_of
 
@@ -143,7 +143,7 @@ def test_a_state_in_another_dtype_is_not_what_others_are_converted_to(graph_of):
     """As after reading a file of this model in other bits: until modules have run, it stays so."""
     model, cache = make(PLAIN), RwkvStaticCache()
     usual, other = graph_of(model, cache), cache.to(torch.bfloat16)
-    assert decoding._plan_for(model, other)._replay(model, text(5, 1), other) is not usual
+    assert decoding._look(model, other).plan._replay(model, text(5, 1), other, other.stack) is not usual
     assert graph_of(model) is usual
 
 
