@@ -27,7 +27,7 @@ constexpr int WIDE = 6;  // rows of a batch, at most: the sums take 24 of 32 reg
 constexpr int WIDE = 2;
 #endif
 constexpr int64_t CACHED = 1 << 18;  // bytes of a matrix, in the second cache until all tiles have met them
-constexpr int64_t AHEAD = 1 << 13;  // of one tile: bytes from what is read to what is on its way from memory, or more
+constexpr int64_t AHEAD = 1 << 14;  // of one tile: bytes from what is read to what is on its way from memory, or more
 
 constexpr int64_t SIZES[] = {4, 2, 2, 1};  // of numbers, by `dtype`: 0 float, 1 bfloat16, 2 float16, 3 int8
 
