@@ -3,8 +3,8 @@
 //
 // Symbols: B rows of the batch, C hidden size, A attention hidden size, I intermediate size, V vocabulary.
 //
-// Between weights and what is returned all is float32, but for what meets weights by pairs; it has room for any residual
-// stream: none is scaled. Threads share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
+// Between products and what is returned all is float32, which has room for any residual stream: none is scaled. Threads
+// share the rows of each matrix; what costs little (layer norms, mixing) each does for itself, so that they wait for
 // each other four times a block. A number is the same sum in the same order whatever the number of threads or rows; but
 // for bfloat16 on a CPU with a matrix unit, which one row alone does without.
 
@@ -226,7 +226,6 @@ class Worker {
             write(to, step.dtype, b * x.columns + i, x.get(b, i), lanes);
         });
     }
-
 
     // One row of bfloat16 takes as long without a matrix unit.
     bool by_amx(bool is_bfloat16) const { return step.unit == AMX && !(is_bfloat16 && rows == 1); }

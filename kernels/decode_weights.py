@@ -65,7 +65,7 @@ State = tuple[Tensor, Tensor, Tensor]  # of a block: (B, C), (B, C), (B, 3, A), 
 class Stack(NamedTuple):
     """The states of all blocks.
 
-    time_mix, channel_mix: (L, B, C) in the dtype of the model; wkv: (L, B, 3, A) float32.
+    time_mix, channel_mix: (L, B, C); wkv: (L, B, 3, A). Kernels read those in the dtype of the model, and float32.
     """
 
     time_mix: Tensor

@@ -82,9 +82,10 @@ class RwkvCache(Cache):
     @property
     def stack(self) -> Stack | None:
         """The states in one piece, as kernels of the next token read them; None if they don't fit together."""
-        if self._stack is None and _fit_together(self._layers):
-            self.stack = Stack.of(self._layers)
-        return self._stack
+        if self._stack is not None:
+            return self._stack
+        alike = len({tuple((part.dtype, part.device) for part in layer) for layer in self._layers}) == 1
+        return Stack.of(self._layers) if alike and _fit_together(self._layers) else None
 
     @stack.setter
     def stack(self, stack: Stack) -> None:
@@ -126,20 +127,18 @@ class RwkvCache(Cache):
         return self.seen_tokens + query_length, 0
 
     def advance(
-        self, states: list[LayerState] | Stack, tokens: int, input_ids: Tensor | None, valid: Tensor | None
+        self, layers: list[LayerState] | None, tokens: int, input_ids: Tensor | None, valid: Tensor | None
     ) -> "RwkvCache":
         """The cache after one more pass over ``tokens`` positions: itself without autograd, a new one with it.
 
-        states: those after it.
+        layers: after it; None where they are in ``stack`` already, without autograd.
         input_ids: (B, tokens) or None where only embeddings are known; valid: (B, tokens) bool, None for all.
         """
         cache = RwkvCache() if torch.is_grad_enabled() else self
         cache.fingerprint = _fingerprint(self.fingerprint, input_ids, valid) if input_ids is not None else None
         cache.seen_tokens = self.seen_tokens + tokens
-        if isinstance(states, Stack):
-            cache.stack = states
-        else:
-            cache.layers = states
+        if layers is not None:
+            cache.layers = layers
         return cache
 
     def has_read(self, input_ids: Tensor, valid: Tensor | None = None) -> bool:
@@ -223,8 +222,12 @@ class RwkvCache(Cache):
         self.seen_tokens = 0
         self.fingerprint = None
 
-    def _apply(self, change: Any) -> None:
-        self.layers = [LayerState(*map(change, state)) for state in self._states()]
+    def _apply(self, change: Any, by_rows: bool = False) -> None:
+        """by_rows: whether what ``change`` makes of a tensor depends on its first dimension."""
+        if self._stack is None or by_rows:
+            self.layers = [LayerState(*map(change, state)) for state in self._states()]
+        else:
+            self.stack = Stack(*map(change, self._stack))
         if self.fingerprint is not None:
             self.fingerprint = change(self.fingerprint)
 
@@ -234,11 +237,11 @@ class RwkvCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, (n,) int64 or (B,) bool, in that order."""
-        self._apply(lambda x: x[indices.to(x.device)])
+        self._apply(lambda x: x[indices.to(x.device)], by_rows=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, copies side by side."""
-        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0), by_rows=True)
 
     def clone(self) -> "RwkvCache":
         """An independent copy, with gradients flowing through it."""
@@ -385,11 +388,11 @@ def _opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iter
 
 
 def _fit_together(layers: list[LayerState]) -> bool:
-    """Whether there are layers, all of the shapes that LayerState says, for one B, C and A, and of the same dtypes."""
-    kinds = {tuple((part.shape, part.dtype, part.device) for part in layer) for layer in layers}
-    if len(kinds) != 1:
+    """Whether there are layers, all of the shapes that LayerState says, for one B, C and A."""
+    shapes = {tuple(part.shape for part in layer) for layer in layers}
+    if len(shapes) != 1:
         return False
-    time_mix, channel_mix, wkv = (shape for shape, *_ in kinds.pop())
+    ((time_mix, channel_mix, wkv),) = shapes
     return len(time_mix) == 2 and time_mix == channel_mix and len(wkv) == 3 and wkv[:2] == (time_mix[0], 3)
 
 
@@ -400,7 +403,7 @@ def _fingerprint(before: Tensor | None, input_ids: Tensor, valid: Tensor | None)
     """
     length = input_ids.shape[1]
     if length == 1 and valid is None:  # one more token: the same in fewer steps
-        new = input_ids[:, 0] + 1
+        new = input_ids[:, 0].long() + 1
         return new if before is None else before.to(new.device) * _HASH_FACTOR + new
     valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
     count = valid.long().cumsum(1)

@@ -154,7 +154,7 @@ class Conversation:
         Raises:
             ValueError: nothing has been said yet, or something else is in the file.
         """
-        if not self.place.state.layers:
+        if not self.place.state.is_initialized:
             raise ValueError("nothing has been said yet, so there is nothing to save: say something first")
         if os.path.isfile(path) and _NOTE not in _notes_or_none(path):
             raise ValueError(f"{path} is there, and is no saved conversation: choose another name")

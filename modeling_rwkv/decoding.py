@@ -44,7 +44,7 @@ def next_token(
     """
     if not model.native_decoding or torch.is_grad_enabled() or not are_at_hand(input_ids, attention_mask):
         return None
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] != 1:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in _IDS or input_ids.shape[1:] != (1,):
         return None
     rows, past, device = len(input_ids), past_key_values, input_ids.device
     if past is None or type(past) not in (RwkvCache, RwkvStaticCache) or past.batch_size != rows:
@@ -58,11 +58,10 @@ def next_token(
         return None
     once = _once.get()
     found = once.look(past) if once is not None and once.model is model else _look(model, past)
-    result = None if found is None else found.plan.step(model, input_ids, past, found.table)
-    if result is None:
+    logits = None if found is None else found.plan.step(model, input_ids, past, found.table)
+    if logits is None:
         return None
-    logits, states = result
-    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past.advance(states, 1, input_ids, None))
+    return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past.advance(None, 1, input_ids, None))
 
 
 def why_not(model: Any) -> str | None:
@@ -99,6 +98,8 @@ class _Once:
         kind = type(cache)
         if kind not in self._found:
             found = _look(self.model, cache)
+            if found is not None and kind is RwkvStaticCache and not found.plan.is_ours:
+                return found
             if found is not None:
                 self._kept += found.plan.weights()
                 found = found._replace(table=None if found.table is None else found.table.data)
@@ -166,7 +167,7 @@ class _Plan:
         for module in modules:
             kept = module._modules, module._parameters, module._buffers
             slots += [(parts, name) for parts in kept for name in parts]
-            slots += [(module.__dict__, "eps")] if "eps" in module.__dict__ else []
+            slots += [(module.__dict__, name) for name in ("eps", "max_norm") if name in module.__dict__]
             slots += [(x.__dict__, name) for x in module._parameters.values() if _is_int8(x) for name in _INT8_PARTS]
         self._holders, self._names = zip(*slots, strict=True)
         self._kinds = {type(module) for module in modules}
@@ -198,22 +199,22 @@ class _Plan:
         """The tensors as they are now, whatever becomes of the parameters."""
         return [x.data for x in self._tensors]
 
-    def step(
-        self, model: Any, input_ids: Tensor, past: RwkvCache, table: Tensor | None
-    ) -> tuple[Tensor, Stack] | None:
-        """Logits (B, V) after one more token (B, 1), and the states; None if the modules have to run."""
+    def step(self, model: Any, input_ids: Tensor, past: RwkvCache, table: Tensor | None) -> Tensor | None:
+        """Logits (B, V) after one more token (B, 1), and ``past`` has its states; None if the modules have to run."""
         decoder = None if self.decoder is None or len(input_ids) > self.decoder.most_rows else self.decoder
         is_static = isinstance(past, RwkvStaticCache)
-        can_replay = is_static and input_ids.is_cuda
+        can_replay = is_static and input_ids.is_cuda and not model.training
         if (decoder is None and not can_replay) or (states := past.stack) is None:
             return None
         if can_replay and (replay := self._replay(model, input_ids, past, states)) is not None:
-            return replay.step(input_ids, past, states)
+            return replay.step(input_ids, past)
         if decoder is None:
             return None
         after = past.other_than(states) if is_static else states.empty_like()
         logits = decoder.step(*rows_of(table, model, input_ids), states, after)
-        return None if logits is None else (logits, after)
+        if logits is not None:
+            past.stack = after
+        return logits
 
     def _replay(self, model: Any, input_ids: Tensor, past: RwkvCache, states: Stack) -> Replay | None:
         device = input_ids.device
@@ -230,11 +231,12 @@ class _Plan:
         return [*map(dict.get, self._holders, self._names), *map(_FORWARD, self._kinds)]
 
     def _where(self) -> list[Any]:
-        return [*map(Tensor.data_ptr, self._tensors), *map(_DTYPE, self._tensors), *map(_SHAPE, self._tensors)]
+        return [kind(x) for kind in (Tensor.data_ptr, Tensor.stride, _DTYPE, _SHAPE) for x in self._tensors]
 
 
 DECODERS: dict[str, Any] = {"cpu": decode_cpu.Decoder, "cuda": decode_cuda.Decoder}
 _DTYPE, _SHAPE, _FORWARD = map(operator.attrgetter, ("dtype", "shape", "forward"))
+_IDS = torch.int64, torch.int32
 _INT8_PARTS = "qdata", "scale", "zero_point"
 
 

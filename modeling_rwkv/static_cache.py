@@ -5,6 +5,8 @@
 
 import threading
 import weakref
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate
 class RwkvStaticCache(RwkvCache):
     """An :class:`RwkvCache` whose tensors are used again: what they held is gone after the next tokens.
 
-    On a GPU one more token of a batch of any size then costs no allocation and next to no work of the CPU. A
+    On a GPU one more token of a batch of any size then costs next to no work of the CPU. A
     :meth:`clone` keeps a state. Until `generate` is given it again, or :meth:`reset`, weights may be edited in place
     but not replaced or moved, nor adapters switched.
 
@@ -39,14 +41,14 @@ class RwkvStaticCache(RwkvCache):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None, "_pair": None}
 
-    def _apply(self, change: Any) -> None:
+    def _apply(self, change: Any, by_rows: bool = False) -> None:
         """What `detach` and `to` return is not written over either."""
 
         def apart(x: Tensor) -> Tensor:
             y: Tensor = change(x)
             return y.clone() if y.data_ptr() == x.data_ptr() else y
 
-        super()._apply(apart)
+        super()._apply(apart, by_rows)
 
     def reset(self) -> None:
         super().reset()
@@ -55,7 +57,7 @@ class RwkvStaticCache(RwkvCache):
     def other_than(self, stack: Stack) -> Stack:
         """Room for the states after those in ``stack``: two take turns."""
         if self._pair is None or not any(stack is one for one in self._pair):
-            self._pair = stack, stack.empty_like()
+            self._pair = stack.empty_like(), stack.empty_like()
         return self._pair[stack is self._pair[0]]
 
 
@@ -97,18 +99,19 @@ class Replay:
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed without one.")
             return None
 
-    def step(self, input_ids: Tensor, cache: RwkvCache, states: Stack) -> tuple[Tensor, Stack]:
-        """Logits (B, V) after one more token (B, 1) of ``cache``, which is in ``states``, and those after it."""
+    def step(self, input_ids: Tensor, cache: RwkvCache) -> Tensor:
+        """Logits (B, V) after one more token (B, 1) of ``cache``, whose states go on."""
         with self._lock:
-            if states is not self._stack:
-                owner = self._owner()
+            owner = self._owner()
+            if owner is not cache or not cache.lives_in(self._stack):
                 if owner is not None and owner.lives_in(self._stack):
                     owner.stack = Stack(*map(torch.clone, self._stack))
-                _copy(self._stack, states)
+                _copy(self._stack, cache.stack)
                 self._owner = weakref.ref(cache)
             self._ids.copy_(input_ids)
             self._graph.replay()
-            return self._logits.clone(), self._stack
+            cache.stack = self._stack
+            return self._logits.clone()
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:
@@ -122,7 +125,7 @@ class Replay:
         cache.layers, cache.seen_tokens = unstacked(self._stack), 1
         outputs = model.rwkv(self._ids, past_key_values=cache, use_cache=True, return_dict=True)
         logits = model.head(outputs.last_hidden_state[:, -1])
-        _copy(self._stack, outputs.past_key_values.stack)
+        _copy(chain(*unstacked(self._stack)), chain(*outputs.past_key_values.layers))
         return logits
 
 
@@ -143,5 +146,5 @@ def rows_of(table: Tensor | None, model: Any, input_ids: Tensor) -> tuple[Tensor
     return torch.arange(len(x), device=x.device)[:, None], x
 
 
-def _copy(to: Stack, states: Stack) -> None:
-    torch._foreach_copy_(list(to), list(states))
+def _copy(to: Iterable[Tensor], parts: Any) -> None:
+    torch._foreach_copy_(list(to), list(parts))

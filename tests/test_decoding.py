@@ -155,8 +155,9 @@ def test_bits_depend_neither_on_threads_nor_on_the_time(dtype, unit, steps):
 
 def test_ids_may_be_of_32_bits(steps):
     model, ids = make(ODD), text(2, 8)
-    same(read(model, ids.int())[0], read(model, ids)[0])
-    assert steps == [2] * 10
+    logits, cache = read(model, ids.int())
+    same(logits, read(model, ids)[0])
+    assert steps == [2] * 10 and cache.has_read(ids)
 
 
 def test_states_are_a_list_of_tensors_of_their_own(steps):

@@ -47,6 +47,10 @@ def _replace_epsilon(model):
     model.rwkv.blocks[1].ln1.eps = 0.5
 
 
+def _limit_embeddings(model):
+    model.rwkv.embeddings.max_norm = 0.1
+
+
 def _add_bias(model):
     model.head.bias = nn.Parameter(torch.arange(model.config.vocab_size) / 10)
 
@@ -60,8 +64,8 @@ def _change_dtype(model):
 
 
 CHANGES = (
-    _edit, _edit_data, _replace_data, _replace_parameter, _replace_module, _replace_epsilon, _add_bias, _resize,
-    _change_dtype,
+    _edit, _edit_data, _replace_data, _replace_parameter, _replace_module, _replace_epsilon, _limit_embeddings,
+    _add_bias, _resize, _change_dtype,
 )  # fmt: skip
 
 
@@ -331,7 +335,7 @@ def test_a_state_that_is_laid_out_otherwise_is_read_and_one_of_other_bits_is_for
     _, cache = read(model, ids)
     steps.clear()
     expanded = cache.clone()
-    expanded._apply(lambda x: x[:1].expand_as(x))
+    expanded._apply(lambda x: x[:1].expand_as(x), by_rows=True)
     wide = cache.to(torch.float64)
     with torch.no_grad():
         found = model(ids[:, :1], past_key_values=expanded.clone()).logits

@@ -3,15 +3,19 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
 import torch
 from cuda_on_cpu import decoding_emulated
-from models import PLAIN, contents, make, read, same, text
+from models import PLAIN, agree, contents, make, read, same, text
 from torch import nn
 
 from modeling_rwkv import RwkvStaticCache, decoding
+from modeling_rwkv.static_cache import Replay
+from rwkv_kernels import decode_cuda
+from rwkv_kernels.decode_weights import Stack
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,18 @@ def test_what_is_kept_of_a_static_cache_is_not_written_over(keep, launches):
     same(contents(kept), before)
 
 
+def test_a_static_cache_writes_over_no_stack_of_others(launches):
+    model, ids = make(PLAIN), text(2, 5)
+    _, plain = read(model, ids)
+    stack, static = plain.stack, RwkvStaticCache()
+    static.stack, static.seen_tokens = stack, 5
+    before = [x.clone() for x in stack]
+    with torch.no_grad():
+        for token in ids.T:
+            model(token[:, None], past_key_values=static, use_cache=True)
+    same(list(stack), before)
+
+
 def test_generate_sees_what_changed_since_it_was_given_a_static_cache(launches):
     model, ids = make(PLAIN), text(2, 5)
     _, cache = read(model, ids, cache=RwkvStaticCache())
@@ -82,6 +98,68 @@ def test_generate_sees_what_changed_since_it_was_given_a_static_cache(launches):
         written.append(model.generate(ids[:, :1], past_key_values=past, max_new_tokens=9, pad_token_id=0))
     same(*written)
     assert launches and old is not weight.data
+
+
+# How caches take turns in a graph. Instead of being replayed, what would have been captured runs.
+
+
+class Played(Replay):
+    def __init__(self, model, decoder, table, states):
+        self._decoder, self._table, self._model = decoder, table, model
+        self._lock, self._owner = threading.Lock(), weakref.ref(RwkvStaticCache())
+        self._ids = torch.zeros(states.wkv.shape[1], 1, dtype=torch.long)
+        self._stack, self._graph = Stack(*map(torch.clone, states)), self
+
+    def replay(self):
+        self._logits = self._read(self._model)
+
+    def write(self, cache, ids):
+        with torch.no_grad():
+            logits = self.step(ids, cache)
+            cache.advance(None, 1, ids, None)
+        return logits
+
+
+@pytest.mark.parametrize("by_modules", [False, True])
+@pytest.mark.parametrize("rows", [1, decode_cuda.MOST_ROWS + 1])
+def test_caches_take_turns_in_a_graph(rows, by_modules, launches):
+    model, texts, caches, clones = make(PLAIN), [text(rows, 9, seed=seed) for seed in (1, 2)], [], []
+    expected = [read(model, ids, native=False) for ids in texts]
+    plan = decoding._plan_of(model)
+    for ids in texts:
+        caches.append(RwkvStaticCache())
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=caches[-1], use_cache=True)
+    decoder, table = (None, None) if by_modules else (plan.decoder, plan.table)
+    graph = Played(model, decoder, table, caches[0].stack)
+    for i in range(3, 9):
+        for cache, ids, (logits, _) in zip(caches, texts, expected, strict=True):
+            agree(graph.write(cache, ids[:, i : i + 1]), logits[:, i - 3], atol=1e-4)
+            if i == 5:  # somebody looks: what they hold is a copy, and they go on
+                clones.append(cache.clone())
+                held = [x.clone() for layer in cache.layers for x in layer]
+                same([x for layer in cache.layers for x in layer], held)
+    for cache, clone, ids, (logits, last) in zip(caches, clones, texts, expected, strict=True):
+        agree(contents(cache), contents(last), atol=1e-4)
+        assert cache.has_read(ids)
+        agree(graph.write(clone, ids[:, 6:7]), logits[:, 3], atol=1e-4)
+        agree(contents(cache), contents(last), atol=1e-4)
+
+
+def test_a_cache_that_lives_in_a_graph_writes_elsewhere_without_it(launches):
+    """What it leaves there may be another cache's by then."""
+    model, ids = make(PLAIN), text(2, 9)
+    plan, caches = decoding._plan_of(model), [read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2)]
+    graph = Played(model, plan.decoder, plan.table, caches[0].stack)
+    graph.write(caches[0], ids[:, :1])
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=caches[0], use_cache=True)
+    graph.write(caches[1], ids[:, :1])
+    before = copy.deepcopy(contents(caches[1]))
+    with torch.no_grad():
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=caches[0], use_cache=True)
+    same(contents(caches[1]), before)
 
 
 # Which graph a static cache is given.
