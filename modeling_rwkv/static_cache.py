@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from modeling_rwkv.cache import RwkvCache, unstacked
+from modeling_rwkv.cache import LayerState, RwkvCache, unstacked
 from rwkv_kernels.decode_cuda import Decoder
 from rwkv_kernels.decode_weights import Stack
 from rwkv_kernels.wkv4_native import are_at_hand
@@ -24,35 +24,42 @@ WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate
 
 
 class RwkvStaticCache(RwkvCache):
-    """An :class:`RwkvCache` whose tensors are used again: what they held is gone after the next tokens.
+    """An :class:`RwkvCache` whose tensors are used again: once nobody else has them, the next tokens write over them.
 
-    On a GPU one more token of a batch of any size then costs next to no work of the CPU. A
-    :meth:`clone` keeps a state. Until `generate` is given it again, or :meth:`reset`, weights may be edited in place
-    but not replaced or moved, nor adapters switched.
+    On a GPU one more token of a batch of any size then costs next to no work of the CPU. Until `generate` is given it
+    again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched.
 
     plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
+    graph: where its states may be, see :meth:`RwkvCache.lives_in`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.plan: tuple[weakref.ref[Any], Any] | None = None
+        self.graph: Replay | None = None
         self._pair: tuple[Stack, Stack] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": None, "_pair": None}
+        self.keep()
+        return self.__dict__ | {"plan": None, "graph": None}
+
+    def keep(self) -> None:
+        """Write over the states no more: from now on somebody else may have these tensors."""
+        self._pair = None
+        if self.graph is not None:
+            self.graph.release(self)
+
+    def _states(self) -> list[LayerState]:
+        self.keep()
+        return super()._states()
 
     def _apply(self, change: Any, by_rows: bool = False) -> None:
-        """What `detach` and `to` return is not written over either."""
-
-        def apart(x: Tensor) -> Tensor:
-            y: Tensor = change(x)
-            return y.clone() if y.data_ptr() == x.data_ptr() else y
-
-        super()._apply(apart, by_rows)
+        self.keep()
+        super()._apply(change, by_rows)
 
     def reset(self) -> None:
         super().reset()
-        self.plan = None
+        self.plan = self.graph = None
 
     def other_than(self, stack: Stack) -> Stack:
         """Room for the states after those in ``stack``: two take turns."""
@@ -69,7 +76,7 @@ class Replay:
         device = states.wkv.device
         self._decoder, self._table = decoder, table
         self._lock = threading.Lock()
-        self._owner: weakref.ref[RwkvCache] = weakref.ref(RwkvCache())
+        self._owner: weakref.ref[RwkvStaticCache] = weakref.ref(RwkvStaticCache())
         self._ids = torch.zeros((states.wkv.shape[1], 1), dtype=torch.int64, device=device)
         self._stack = Stack(*map(torch.clone, states))
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -99,19 +106,30 @@ class Replay:
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed without one.")
             return None
 
-    def step(self, input_ids: Tensor, cache: RwkvCache) -> Tensor:
+    def step(self, input_ids: Tensor, cache: RwkvStaticCache) -> Tensor:
         """Logits (B, V) after one more token (B, 1) of ``cache``, whose states go on."""
+        if cache.graph is not self:
+            cache.keep()
         with self._lock:
             owner = self._owner()
             if owner is not cache or not cache.lives_in(self._stack):
-                if owner is not None and owner.lives_in(self._stack):
-                    owner.stack = Stack(*map(torch.clone, self._stack))
+                if owner is not None:
+                    self._move_out(owner)
                 _copy(self._stack, cache.stack)
                 self._owner = weakref.ref(cache)
             self._ids.copy_(input_ids)
             self._graph.replay()
-            cache.stack = self._stack
+            cache.graph, cache.stack = self, self._stack
             return self._logits.clone()
+
+    def release(self, cache: RwkvStaticCache) -> None:
+        """Leave the states of ``cache`` to it, if they are here, whatever other threads write."""
+        with self._lock:
+            self._move_out(cache)
+
+    def _move_out(self, cache: RwkvStaticCache) -> None:
+        if cache.lives_in(self._stack):
+            cache.stack = Stack(*map(torch.clone, self._stack))
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:

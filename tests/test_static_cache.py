@@ -3,8 +3,10 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_a_static_cache_does_not_keep_its_model(launches):
     assert gone() is None and cache.seen_tokens == 5
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_copies_of_a_static_cache_go_on_by_themselves(copied, launches):
     model, ids = make(PLAIN), text(2, 5)
     _, cache = read(model, ids, cache=RwkvStaticCache())
@@ -63,16 +65,19 @@ def test_copies_of_a_static_cache_go_on_by_themselves(copied, launches):
     same(contents(other), contents(cache))
 
 
-@pytest.mark.parametrize("keep", [RwkvStaticCache.clone, RwkvStaticCache.detach, lambda cache: cache.to("cpu")])
+KEEPING = copy.copy, RwkvStaticCache.clone, RwkvStaticCache.detach, lambda cache: cache.to("cpu")
+
+
+@pytest.mark.parametrize("keep", KEEPING)
 def test_what_is_kept_of_a_static_cache_is_not_written_over(keep, launches):
     model, ids = make(PLAIN), text(2, 5)
     _, cache = read(model, ids, cache=RwkvStaticCache())
+    _, expected = read(model, ids)
     kept = keep(cache)
-    before = copy.deepcopy(contents(kept))
     with torch.no_grad():
         for token in ids.T:
             model(token[:, None], past_key_values=cache, use_cache=True)
-    same(contents(kept), before)
+    same(contents(kept), contents(expected))
 
 
 def test_a_static_cache_writes_over_no_stack_of_others(launches):
@@ -160,6 +165,52 @@ def test_a_cache_that_lives_in_a_graph_writes_elsewhere_without_it(launches):
         for _ in range(3):
             model(ids[:, :1], past_key_values=caches[0], use_cache=True)
     same(contents(caches[1]), before)
+
+
+@pytest.mark.parametrize("keep", KEEPING)
+def test_what_is_kept_of_a_cache_in_a_graph_is_not_written_over(keep, launches):
+    model, ids = make(PLAIN), text(2, 9)
+    plan, caches = decoding._plan_of(model), [read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2)]
+    graph = Played(model, plan.decoder, plan.table, caches[0].stack)
+    graph.write(caches[0], ids[:, :1])
+    expected = copy.deepcopy(contents(copy.deepcopy(caches[0])))
+    kept = keep(caches[0])
+    for cache in caches:
+        graph.write(cache, ids[:, 1:2])
+    same(contents(kept), expected)
+
+
+def test_threads_take_turns_in_a_graph():
+    """Each writes, now and then keeps or reorders what it has, and has what it would have alone."""
+    threads, steps = 4, 24
+    model, texts = make(PLAIN), [text(2, steps, seed=seed) for seed in range(threads)]
+    starts = [read(model, ids[:, :4], native=False, cache=RwkvStaticCache())[1] for ids in texts]
+
+    def written(write, cache, ids):
+        kept = []
+        for i, token in enumerate(ids.T):
+            write(cache, token[:, None])
+            if i % 3 == 1:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            if i % 3 == 2:
+                kept.append(cache.clone())
+        return [contents(x) for x in [*kept, cache]]
+
+    def alone(cache, token):
+        with torch.no_grad():
+            model(token, past_key_values=cache, use_cache=True)
+
+    model.native_decoding = False
+    expected = [written(alone, cache.clone(), ids) for cache, ids in zip(starts, texts, strict=True)]
+    graph = Played(model, None, None, starts[0].stack)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(written, [graph.write] * threads, starts, texts))
+    finally:
+        sys.setswitchinterval(before)
+    agree(found, expected, atol=1e-5)
 
 
 # Which graph a static cache is given.
