@@ -15,7 +15,7 @@ constexpr float EMPTY_EXPONENT = -1e38f;
 WKV_INLINE Floats exp_(Floats x) { return exponential<float>(x); }
 WKV_INLINE Doubles exp_(Doubles x) { return exponential<double>(x); }
 template <class Condition, class X> WKV_INLINE X select_(Condition condition, X x, X y) { return condition ? x : y; }
-template <class X> WKV_INLINE X max_(X x, X y) { return (x > y) | (x != x) ? x : y; }
+template <class X> WKV_INLINE X max_(X x, X y) { return ((x > y) | (x != x)) ? x : y; }
 template <class X> WKV_INLINE X abs_(X x) { return x > 0 ? x : -x; }
 template <class X> WKV_INLINE X reciprocal_(X x) { return 1 / x; }
 
