@@ -145,9 +145,8 @@ def generate(
         write(json.dumps(found | settings | result.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:
         again = "" if result.seed is None else f", --seed {result.seed}"
-        speed = f"{result.tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
         write("\n")
-        typer.echo(speed + again, err=True)
+        typer.echo(result.speed() + again, err=True)
 
 
 # -- convert, share and doctor ---------------------------------------------------------------------

@@ -70,22 +70,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt and what came after it; ``seconds`` include reading the prompt."""
+    """A prompt and what came after it, in ``seconds``, of which ``prompt_seconds`` went by until the first token."""
 
     prompt: str
     continuation: str
     prompt_tokens: int
     tokens: int
+    prompt_seconds: float
     seconds: float
     seed: int | None  # None: nothing was drawn
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """After the first token, None if there is no other."""
+        return None if self.tokens < 2 else (self.tokens - 1) / (self.seconds - self.prompt_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        speed = {"seconds": round(self.seconds, 4), "tokens_per_second": round(self.tokens_per_second, 2)}
-        return asdict(self) | {"text": self.prompt + self.continuation} | speed
+        rate = self.tokens_per_second
+        return asdict(self) | {
+            "text": self.prompt + self.continuation,
+            "prompt_seconds": round(self.prompt_seconds, 4),
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": None if rate is None else round(rate, 2),
+        }
+
+    def speed(self) -> str:
+        """A sentence for people."""
+        rate = self.tokens_per_second
+        written = f"{self.tokens} token{'s' * (self.tokens != 1)} after {self.prompt_tokens} in {self.seconds:.2f} s"
+        first = f"the first in {self.prompt_seconds:.2f} s"
+        return f"{written}, {first}" + ("" if rate is None else f", then {rate:.1f} tokens/s")
 
 
 def load_as_asked(name: str | None, state: str | None, device: str, dtype: str) -> tuple[Any, Any]:
@@ -322,12 +336,13 @@ def generate(
     seed = sampling.plant()
     past = RwkvCache()
     pieces: list[str] = []
+    now = time.perf_counter
 
     def write_piece(piece: str) -> None:
         pieces.append(piece)
         write(piece)
 
-    start = time.perf_counter()
+    streamer, start = TextPieces(tokenizer, write_piece), now()
     with explained(model.device, getattr(model, "is_quantized", False)), few_threads(model):
         read(model, ids[:, : length_before_last_piece(model, ids)], past, progress=progress)
         write(prompt)
@@ -337,7 +352,7 @@ def generate(
             past_key_values=past,
             cache_implementation=None,
             max_new_tokens=max_new_tokens,
-            streamer=TextPieces(tokenizer, write_piece),
+            streamer=streamer,
             **sampling.arguments(),
         )
     return Generated(
@@ -345,7 +360,8 @@ def generate(
         continuation="".join(pieces),
         prompt_tokens=ids.shape[1],
         tokens=output.shape[1] - ids.shape[1],
-        seconds=time.perf_counter() - start,
+        prompt_seconds=(streamer.first_token_at or now()) - start,
+        seconds=now() - start,
         seed=seed,
     )
 

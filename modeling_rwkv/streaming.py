@@ -1,5 +1,6 @@
 """Text as it is generated, in whole characters."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,15 @@ class TextPieces(BaseStreamer):
     What is put first is the prompt, whose text is not written, but for a character that it leaves unfinished.
     Together the pieces are what decoding all tokens at once gives. Only the tokens since the last piece but one are
     decoded: tokenizers may treat the beginning of a text in a special way, so no piece is decoded alone.
+
+    first_token_at: when the first one after the prompt came, by ``time.perf_counter``.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
         self._tokenizer, self._write = tokenizer, write
         self._ids: list[int] = []
         self._begin = self._written = 0
+        self.first_token_at: float | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -31,6 +35,7 @@ class TextPieces(BaseStreamer):
         if is_prompt:
             self._written = len(self._ids)
         else:
+            self.first_token_at = self.first_token_at or time.perf_counter()
             self._write_on(is_end=False)
 
     def end(self) -> None:
