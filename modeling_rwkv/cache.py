@@ -7,7 +7,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,14 +222,14 @@ class RwkvCache(Cache):
         self.seen_tokens = 0
         self.fingerprint = None
 
-    def _apply(self, change: Any, by_rows: bool = False) -> None:
-        """by_rows: whether what ``change`` makes of a tensor depends on its first dimension."""
-        if self._stack is None or by_rows:
-            self.layers = [LayerState(*map(change, state)) for state in self._states()]
+    def _apply(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        """``change`` makes another of each tensor: it is given that and which of its dimensions are the rows."""
+        if self._stack is None:
+            self.layers = [LayerState(*(change(x, 0) for x in state)) for state in self._layers]
         else:
-            self.stack = Stack(*map(change, self._stack))
+            self.stack = Stack(*(change(x, 1) for x in self._stack))
         if self.fingerprint is not None:
-            self.fingerprint = change(self.fingerprint)
+            self.fingerprint = change(self.fingerprint, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row ``beam_idx[i]``: beam search."""
@@ -237,22 +237,24 @@ class RwkvCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, (n,) int64 or (B,) bool, in that order."""
-        self._apply(lambda x: x[indices.to(x.device)], by_rows=True)
+        if self.is_initialized:
+            rows = torch.arange(self.batch_size, device=indices.device)[indices]
+            self._apply(lambda x, dim: x.index_select(dim, rows.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, copies side by side."""
-        self._apply(lambda x: x.repeat_interleave(repeats, dim=0), by_rows=True)
+        self._apply(lambda x, dim: x.repeat_interleave(repeats, dim))
 
     def clone(self) -> "RwkvCache":
         """An independent copy, with gradients flowing through it."""
         other = copy.copy(self)
-        other._apply(torch.clone)
+        other._apply(lambda x, _: x.clone())
         return other
 
     def detach(self) -> "RwkvCache":
         """The same state without its history in autograd: the cut of truncated backpropagation through time."""
         other = copy.copy(self)
-        other._apply(torch.detach)
+        other._apply(lambda x, _: x.detach())
         return other
 
     def to(
@@ -262,7 +264,7 @@ class RwkvCache(Cache):
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         other = copy.copy(self)
-        other._apply(lambda x: x.to(device=device))
+        other._apply(lambda x, _: x.to(device=device))
         if dtype is not None:
             other.layers = [LayerState(s.time_mix.to(dtype), s.channel_mix.to(dtype), s.wkv) for s in other.layers]
         return other

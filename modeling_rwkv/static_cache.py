@@ -5,7 +5,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -53,9 +53,9 @@ class RwkvStaticCache(RwkvCache):
         self.keep()
         return super()._states()
 
-    def _apply(self, change: Any, by_rows: bool = False) -> None:
+    def _apply(self, change: Callable[[Tensor, int], Tensor]) -> None:
         self.keep()
-        super()._apply(change, by_rows)
+        super()._apply(change)
 
     def reset(self) -> None:
         super().reset()

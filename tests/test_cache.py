@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import SHAPES, agree, contents, gradients, make, row_of, same, text
+from models import SHAPES, agree, contents, gradients, make, same, text
 
 from modeling_rwkv import RwkvCache
 from modeling_rwkv.cache import LayerState
@@ -143,30 +143,35 @@ def test_a_state_of_zeros_is_empty():
 # What can be done with a cache
 
 
-def test_rows_can_be_taken_repeated_and_reordered():
-    model = make()
-    ids = text(3, 6)
-    cache = read(model, ids)
-    rows = [flat(row_of(cache, i)) for i in range(3)]
-    for change, order in {
-        "reorder_cache": ([2, 0, 0], [2, 0, 0]),
-        "batch_select_indices": ([1], [1]),
-        "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
-    }.items():
-        argument, expected = order
+@pytest.mark.parametrize("one_by_one", [0, 1, 2])
+def test_rows_can_be_taken_repeated_and_reordered(one_by_one):
+    model, ids = make(), text(3, 6)
+    cache = read(model, ids[:, : 6 - one_by_one])
+    for token in ids[:, 6 - one_by_one :].T:  # what kernels write is in one piece, as long as nobody looks
+        cache = read(model, token[:, None], cache)
+    parts = flat(cache.clone())
+    for change, argument, order in [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_select_indices", torch.tensor([True, False, True]), [0, 2]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ]:
         changed = cache.clone()
-        getattr(changed, change)(argument if isinstance(argument, int) else torch.tensor(argument))
-        same(flat(changed), [torch.cat(parts) for parts in zip(*(rows[i] for i in expected), strict=True)])
-        assert changed.batch_size == len(expected) and changed.get_seq_length() == 6
-        assert changed.has_read(ids[expected])
-    changed = cache.clone()
-    changed.batch_select_indices(torch.tensor([True, False, True]))
-    same(flat(changed), flat_rows(rows, [0, 2]))
+        getattr(changed, change)(argument)
+        assert changed.batch_size == len(order) and changed.get_seq_length() == 6
+        assert changed.has_read(ids[order])
+        same(flat(changed), [part[order] for part in parts])
     assert cache.batch_size == 3
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([True, False]))
 
 
-def flat_rows(rows, order):
-    return [torch.cat(parts) for parts in zip(*(rows[i] for i in order), strict=True)]
+@pytest.mark.parametrize("indices", [torch.tensor([0, 0]), torch.tensor([True])])
+def test_rows_of_an_empty_cache_are_none(indices):
+    cache = RwkvCache()
+    cache.batch_select_indices(indices)
+    cache.batch_repeat_interleave(2)
+    assert not cache.is_initialized
 
 
 COPIES = {

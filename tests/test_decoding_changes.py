@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, LogitsProcessor
 
 from modeling_rwkv import RwkvCache, decoding
+from modeling_rwkv.cache import LayerState
 from rwkv_kernels import decode_cpu
 from rwkv_kernels.loader import Unavailable
 
@@ -335,7 +336,7 @@ def test_a_state_that_is_laid_out_otherwise_is_read_and_one_of_other_bits_is_for
     _, cache = read(model, ids)
     steps.clear()
     expanded = cache.clone()
-    expanded._apply(lambda x: x[:1].expand_as(x), by_rows=True)
+    expanded.layers = [LayerState(*(x[:1].expand_as(x) for x in layer)) for layer in expanded.layers]
     wide = cache.to(torch.float64)
     with torch.no_grad():
         found = model(ids[:, :1], past_key_values=expanded.clone()).logits
