@@ -146,7 +146,7 @@ def generate(
     else:
         again = "" if result.seed is None else f", --seed {result.seed}"
         write("\n")
-        typer.echo(result.speed() + again, err=True)
+        typer.echo(result.summary() + again, err=True)
 
 
 # -- convert, share and doctor ---------------------------------------------------------------------

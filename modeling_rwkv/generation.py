@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from modeling_rwkv import demo_model_path
 from modeling_rwkv.cache import RwkvCache
+from modeling_rwkv.decoding import why_not
 from modeling_rwkv.prefill import length_before_last_piece, read
 from modeling_rwkv.remarks import no_remarks
 from modeling_rwkv.streaming import TextPieces
@@ -70,36 +71,37 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt and what came after it, in ``seconds``, of which ``prompt_seconds`` went by until the first token."""
+    """A prompt and what came after it, in ``seconds``, of which ``first_token_seconds`` until the first token."""
 
     prompt: str
     continuation: str
     prompt_tokens: int
     tokens: int
-    prompt_seconds: float
+    first_token_seconds: float
     seconds: float
     seed: int | None  # None: nothing was drawn
 
     @property
     def tokens_per_second(self) -> float | None:
         """After the first token, None if there is no other."""
-        return None if self.tokens < 2 else (self.tokens - 1) / (self.seconds - self.prompt_seconds)
+        return None if self.tokens < 2 else (self.tokens - 1) / (self.seconds - self.first_token_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         rate = self.tokens_per_second
         return asdict(self) | {
             "text": self.prompt + self.continuation,
-            "prompt_seconds": round(self.prompt_seconds, 4),
+            "first_token_seconds": round(self.first_token_seconds, 4),
             "seconds": round(self.seconds, 4),
             "tokens_per_second": None if rate is None else round(rate, 2),
         }
 
-    def speed(self) -> str:
-        """A sentence for people."""
-        rate = self.tokens_per_second
-        written = f"{self.tokens} token{'s' * (self.tokens != 1)} after {self.prompt_tokens} in {self.seconds:.2f} s"
-        first = f"the first in {self.prompt_seconds:.2f} s"
-        return f"{written}, {first}" + ("" if rate is None else f", then {rate:.1f} tokens/s")
+    def summary(self) -> str:
+        """A line for people."""
+        rate, plural = self.tokens_per_second, "" if self.tokens == 1 else "s"
+        line = f"{self.tokens} token{plural} after a prompt of {self.prompt_tokens} in {self.seconds:.2f} s"
+        if rate is None:
+            return line
+        return f"{line}: the first in {self.first_token_seconds:.2f} s, then {rate:.1f} tokens/s"
 
 
 def load_as_asked(name: str | None, state: str | None, device: str, dtype: str) -> tuple[Any, Any]:
@@ -336,14 +338,15 @@ def generate(
     seed = sampling.plant()
     past = RwkvCache()
     pieces: list[str] = []
-    now = time.perf_counter
 
     def write_piece(piece: str) -> None:
         pieces.append(piece)
         write(piece)
 
-    streamer, start = TextPieces(tokenizer, write_piece), now()
+    streamer = TextPieces(tokenizer, write_piece)
     with explained(model.device, getattr(model, "is_quantized", False)), few_threads(model):
+        why_not(model)  # kernels of the next token are compiled here, if they have to be, and not after the first one
+        start = time.perf_counter()
         read(model, ids[:, : length_before_last_piece(model, ids)], past, progress=progress)
         write(prompt)
         output = model.generate(
@@ -355,13 +358,14 @@ def generate(
             streamer=streamer,
             **sampling.arguments(),
         )
+    end = time.perf_counter()
     return Generated(
         prompt=prompt,
         continuation="".join(pieces),
         prompt_tokens=ids.shape[1],
         tokens=output.shape[1] - ids.shape[1],
-        prompt_seconds=(streamer.first_token_at or now()) - start,
-        seconds=now() - start,
+        first_token_seconds=(streamer.first_token_at or end) - start,
+        seconds=end - start,
         seed=seed,
     )
 

@@ -28,11 +28,11 @@ def test_greedy_is_generate(folder):
     expected = tokenizer.decode(output[0], skip_special_tokens=True)
     result = write_on(folder, "--temperature", 0, tokens=40)
     assert result.stdout == expected + "\n"
-    said = r"40 tokens after 4 in (\d+\.\d\d) s, the first in (\d+\.\d\d) s, then (\d+\.\d) tokens/s\n"
+    said = r"40 tokens after a prompt of 4 in (\d+\.\d\d) s: the first in (\d+\.\d\d) s, then (\d+\.\d) tokens/s\n"
     seconds, first, speed = map(float, re.fullmatch(said, result.stderr).groups())
     assert first <= seconds and speed > 0
     one = write_on(folder, "--temperature", 0, tokens=1).stderr
-    assert re.fullmatch(r"1 token after 4 in \S+ s, the first in \S+ s\n", one)
+    assert re.fullmatch(r"1 token after a prompt of 4 in \S+ s\n", one)
 
 
 def test_sampling_is_generate(folder):
@@ -74,7 +74,7 @@ def test_json(folder):
     asked = {"prompt": "Once", "model": str(folder), "max_new_tokens": 20, "temperature": 0.8, "top_p": 0.9}
     asked |= {"top_k": 50, "seed": 3, "device": "cpu", "dtype": "float32", "prompt_tokens": 4, "tokens": 20}
     assert found.items() >= asked.items()
-    rest = found["seconds"] - found["prompt_seconds"]
+    rest = found["seconds"] - found["first_token_seconds"]
     assert rest > 0 and found["tokens_per_second"] == pytest.approx(19 / rest, rel=0.05)
     assert json.loads(write_on(folder, "--json", "--temperature", 0).stdout)["seed"] is None
 
