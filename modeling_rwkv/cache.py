@@ -91,10 +91,6 @@ class RwkvCache(Cache):
     def stack(self, stack: Stack) -> None:
         self._layers, self._stack = [], stack
 
-    def lives_in(self, stack: Stack) -> bool:
-        """Whether these very tensors are its states."""
-        return self._stack is stack
-
     def _states(self) -> list[LayerState]:
         """``layers``, to look at; they may be views."""
         return self._layers if self._stack is None else unstacked(self._stack)

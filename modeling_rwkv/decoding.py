@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_rwkv.cache import RwkvCache
-from modeling_rwkv.static_cache import Replay, RwkvStaticCache, rows_of, table_of
+from modeling_rwkv.static_cache import CAPTURING, Replay, RwkvStaticCache, rows_of, table_of
 from rwkv_kernels import decode_cpu, decode_cuda, decode_weights
 from rwkv_kernels.decode_weights import Stack
 from rwkv_kernels.loader import Unavailable
@@ -210,8 +210,8 @@ class _Plan:
             return replay.step(input_ids, past)
         if decoder is None:
             return None
-        after = past.other_than(states) if is_static else states.empty_like()
-        logits = decoder.step(*rows_of(table, model, input_ids), states, after)
+        before, after = past.turns(states) if is_static else (states, states.empty_like())
+        logits = decoder.step(*rows_of(table, model, input_ids), before, after)
         if logits is not None:
             past.stack = after
         return logits
@@ -224,7 +224,9 @@ class _Plan:
         if key not in self.replays:
             past.check_sizes(model.config, "past_key_values")
             decoder = self.decoder if isinstance(self.decoder, decode_cuda.Decoder) else None
-            self.replays[key] = Replay.of(model, decoder, self.table, states)
+            with CAPTURING:
+                if key not in self.replays:
+                    self.replays[key] = Replay.of(model, decoder, self.table, states)
         return self.replays[key]
 
     def _now(self) -> list[Any]:

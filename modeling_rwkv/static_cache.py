@@ -3,9 +3,11 @@
 `generate(..., cache_implementation="static")` uses them.
 """
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -21,16 +23,19 @@ from rwkv_kernels.wkv4_native import are_at_hand
 logger = logging.get_logger(__name__)
 
 WARM_UPS = 2  # passes before a graph is captured: libraries choose and allocate in the first
+CAPTURING = threading.RLock()  # two captures at once would fail
 
 
 class RwkvStaticCache(RwkvCache):
-    """An :class:`RwkvCache` whose tensors are used again: once nobody else has them, the next tokens write over them.
+    """An :class:`RwkvCache` whose states are written over by the next tokens, until somebody asks for them or a copy.
 
     On a GPU one more token of a batch of any size then costs next to no work of the CPU. Until `generate` is given it
-    again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched.
+    again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched. Threads
+    may write with one model, each with a cache of its own. The first token of each number of rows captures a graph:
+    where that begins, PyTorch may refuse random numbers to other threads, so let one of them write first.
 
     plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
-    graph: where its states may be, see :meth:`RwkvCache.lives_in`.
+    graph: where its states may be.
     """
 
     def __init__(self) -> None:
@@ -45,9 +50,10 @@ class RwkvStaticCache(RwkvCache):
 
     def keep(self) -> None:
         """Write over the states no more: from now on somebody else may have these tensors."""
-        self._pair = None
-        if self.graph is not None:
-            self.graph.release(self)
+        graph, self._pair = self.graph, None
+        if graph is not None:
+            graph.release(self)
+            self.graph = None
 
     def _states(self) -> list[LayerState]:
         self.keep()
@@ -58,14 +64,22 @@ class RwkvStaticCache(RwkvCache):
         super()._apply(change)
 
     def reset(self) -> None:
+        self.keep()  # what another thread moves out of a graph meanwhile is not to come back
         super().reset()
-        self.plan = self.graph = None
+        self.plan = None
 
-    def other_than(self, stack: Stack) -> Stack:
-        """Room for the states after those in ``stack``: two take turns."""
+    def lives_in(self, stack: Stack) -> bool:
+        """Whether these very tensors are its states."""
+        return self._stack is stack
+
+    def turns(self, stack: Stack) -> tuple[Stack, Stack]:
+        """``stack``, its states, or these outside the graph that they are in, and room for those after them."""
+        if self.graph is not None:
+            self.keep()
+            stack = self._stack or stack
         if self._pair is None or not any(stack is one for one in self._pair):
             self._pair = stack.empty_like(), stack.empty_like()
-        return self._pair[stack is self._pair[0]]
+        return stack, self._pair[stack is self._pair[0]]
 
 
 class Replay:
@@ -75,19 +89,24 @@ class Replay:
         """decoder, table: of the model, if there are; states: whose shapes and dtypes are those to come."""
         device = states.wkv.device
         self._decoder, self._table = decoder, table
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may look at a cache
         self._owner: weakref.ref[RwkvStaticCache] = weakref.ref(RwkvStaticCache())
         self._ids = torch.zeros((states.wkv.shape[1], 1), dtype=torch.int64, device=device)
         self._stack = Stack(*map(torch.clone, states))
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        self._stream = current  # where it is always replayed
+        self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
+        gc.collect()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._read(model)
+            _begin(self._graph, torch.cuda.default_generators[current.device_index])
+            try:
+                self._logits = self._read(model)
+            finally:
+                self._graph.capture_end()
         current.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._logits = self._read(model)
 
     @classmethod
     def of(cls, model: Any, decoder: Decoder | None, table: Tensor | None, states: Stack) -> "Replay | None":
@@ -101,8 +120,6 @@ class Replay:
                 return cls(model, decoder, table, states)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            random = torch.cuda.default_generators[current.device_index]
-            random.graphsafe_set_state(random.clone_state())  # before 2.13, the old one still counts for the capture
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed without one.")
             return None
 
@@ -123,13 +140,28 @@ class Replay:
             return self._logits.clone()
 
     def release(self, cache: RwkvStaticCache) -> None:
-        """Leave the states of ``cache`` to it, if they are here, whatever other threads write."""
+        """Leave to ``cache``, on the current stream, what states of it are or were here, whoever writes meanwhile."""
         with self._lock:
             self._move_out(cache)
+        self._hand_over(cache)
+
+    def _hand_over(self, cache: RwkvStaticCache) -> None:
+        here = torch.cuda.current_stream(self._stream.device)
+        if here != self._stream:
+            here.wait_stream(self._stream)
+            for x in cache.stack or ():
+                x.record_stream(here)
+
+    def _at_home(self) -> AbstractContextManager[Any]:
+        """On its stream, so before what that does next, wherever the thread is."""
+        return torch.cuda.stream(self._stream)
 
     def _move_out(self, cache: RwkvStaticCache) -> None:
         if cache.lives_in(self._stack):
-            cache.stack = Stack(*map(torch.clone, self._stack))
+            with self._at_home(), torch.inference_mode(False), torch.no_grad():
+                moved = Stack(*map(torch.clone, self._stack))
+            if cache.lives_in(self._stack):  # a signal's handler may have been faster
+                cache.stack = moved
 
     def _read(self, model: Any) -> Tensor:
         if self._decoder is not None:
@@ -162,6 +194,16 @@ def rows_of(table: Tensor | None, model: Any, input_ids: Tensor) -> tuple[Tensor
         return input_ids.long() if input_ids.dtype == torch.int32 else input_ids, table
     x = model.rwkv.embeddings(input_ids)[:, 0].contiguous()
     return torch.arange(len(x), device=x.device)[:, None], x
+
+
+def _begin(graph: torch.cuda.CUDAGraph, random: torch.Generator) -> None:
+    """Begin to capture, without the generator that others draw from: meanwhile PyTorch would refuse it to them."""
+    state = random.graphsafe_get_state()
+    random.graphsafe_set_state(random.clone_state())
+    try:
+        graph.capture_begin(capture_error_mode="thread_local")
+    finally:
+        random.graphsafe_set_state(state)
 
 
 def _copy(to: Iterable[Tensor], parts: Any) -> None:

@@ -9,7 +9,7 @@ from models import agree, contents, make, padded, read, same, text
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from modeling_rwkv import RwkvCache, RwkvStaticCache, decoding
+from modeling_rwkv import RwkvCache, RwkvStaticCache, decoding, static_cache
 from rwkv_kernels import decode_cuda, loader
 
 # Channels are whole pieces of 16 bytes; a thread of the emulated blocks has one four of channels, or two.
@@ -253,8 +253,13 @@ def test_on_a_gpu_generation_with_a_static_cache_writes_the_same(options, rows):
 @pytest.mark.parametrize("rows", [1, decode_cuda.MOST_ROWS, decode_cuda.MOST_ROWS + 3])
 def test_on_a_gpu_graphs_are_captured_once_and_caches_take_turns_in_them(rows, monkeypatch):
     captured = []
-    graph = torch.cuda.graph
-    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: captured.append(1) or graph(*args, **kwargs))
+
+    class Counted(torch.cuda.CUDAGraph):
+        def capture_begin(self, *args, **kwargs):
+            captured.append(1)
+            super().capture_begin(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
     model = make(PLAIN).to(HERE)
     texts = [text(rows, 9, seed=seed).to(HERE) for seed in (1, 2)]
     expected = [read(model, ids)[0] for ids in texts]
@@ -288,6 +293,38 @@ def test_on_a_gpu_threads_write_what_each_would_alone():
         for _ in range(5):
             for found, alone in zip(pool.map(written, texts, ways), expected, strict=True):
                 agree(found, alone, atol=1e-4)
+    assert any(decoding._plan_of(model).replays.values())
+
+
+@on_a_gpu
+def test_on_a_gpu_threads_may_draw_while_others_capture(monkeypatch):
+    model, drawn, step = make(PLAIN).to(HERE), [], static_cache.Replay._read
+
+    def step_and_draw(self, model):
+        drawn.append(pool.submit(torch.rand, 3, device=HERE).result())
+        return step(self, model)
+
+    monkeypatch.setattr(static_cache.Replay, "_read", step_and_draw)
+    with ThreadPoolExecutor(1) as pool:
+        read(model, text(2, 9).to(HERE), cache=RwkvStaticCache())
+    assert all(decoding._plan_of(model).replays.values())
+    assert len(drawn) == static_cache.WARM_UPS + 1 and len(set(map(str, drawn))) == len(drawn)
+
+
+@on_a_gpu
+def test_on_a_gpu_a_state_may_be_asked_for_on_another_stream():
+    """Which is behind: what the graph's own stream writes next is not to be seen there."""
+    model, ids, stream = make(PLAIN).to(HERE), text(2, 9).to(HERE), torch.cuda.Stream()
+    cache, other = (read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2))
+    read(model, ids[:, :2], cache=cache, begin=1)
+    expected = [x.clone() for x in contents(cache.clone())]
+    read(model, ids[:, :2], cache=other, begin=1)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        kept = other.clone()
+    read(model, ids, cache=cache, begin=1)
+    torch.cuda.synchronize()
+    agree(contents(kept), expected, atol=1e-5)
 
 
 @on_a_gpu

@@ -1,5 +1,6 @@
 """Laws about a state that is written over, and about the graphs that compute its next token. Nothing is captured."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -111,12 +112,18 @@ def test_generate_sees_what_changed_since_it_was_given_a_static_cache(launches):
 class Played(Replay):
     def __init__(self, model, decoder, table, states):
         self._decoder, self._table, self._model = decoder, table, model
-        self._lock, self._owner = threading.Lock(), weakref.ref(RwkvStaticCache())
+        self._lock, self._owner = threading.RLock(), weakref.ref(RwkvStaticCache())
         self._ids = torch.zeros(states.wkv.shape[1], 1, dtype=torch.long)
         self._stack, self._graph = Stack(*map(torch.clone, states)), self
 
     def replay(self):
         self._logits = self._read(self._model)
+
+    def _at_home(self):
+        return contextlib.nullcontext()
+
+    def _hand_over(self, cache):
+        """There are no streams."""
 
     def write(self, cache, ids):
         with torch.no_grad():
@@ -173,11 +180,32 @@ def test_what_is_kept_of_a_cache_in_a_graph_is_not_written_over(keep, launches):
     plan, caches = decoding._plan_of(model), [read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2)]
     graph = Played(model, plan.decoder, plan.table, caches[0].stack)
     graph.write(caches[0], ids[:, :1])
-    expected = copy.deepcopy(contents(copy.deepcopy(caches[0])))
+    alone = caches[1].clone()
+    Played(model, plan.decoder, plan.table, alone.stack).write(alone, ids[:, :1])
+    assert caches[0].lives_in(graph._stack)
     kept = keep(caches[0])
     for cache in caches:
         graph.write(cache, ids[:, 1:2])
-    same(contents(kept), expected)
+    same(contents(kept), contents(alone))
+
+
+def test_what_has_been_in_a_graph_does_not_come_back_after_a_reset(launches, monkeypatch):
+    model, ids = make(PLAIN), text(2, 9)
+    plan, caches = decoding._plan_of(model), [read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2)]
+    graph = Played(model, plan.decoder, plan.table, caches[0].stack)
+    graph.write(caches[0], ids[:, :1])
+    clone, signals = torch.clone, [1]
+
+    def interrupted(x):
+        """A signal's handler resets the cache that is being moved out."""
+        if signals:
+            signals.pop()
+            caches[0].reset()
+        return clone(x)
+
+    monkeypatch.setattr(torch, "clone", interrupted)
+    graph.write(caches[1], ids[:, :1])
+    assert not signals and not caches[0].is_initialized and caches[0].seen_tokens == 0
 
 
 def test_threads_take_turns_in_a_graph():
