@@ -66,9 +66,9 @@ def next_token(
 
 def why_not(model: Any) -> str | None:
     """Why tokens of this model are not computed by a kernel; None if they are, without autograd."""
-    plan = _plan_of(model)
     if not model.native_decoding:
         return "native_decoding is False"
+    plan = _plan_of(model)
     return "it has hooks" if plan.is_hooked() else plan.reason
 
 

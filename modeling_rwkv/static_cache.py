@@ -3,7 +3,6 @@
 `generate(..., cache_implementation="static")` uses them.
 """
 
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -27,12 +26,12 @@ CAPTURING = threading.RLock()  # two captures at once would fail
 
 
 class RwkvStaticCache(RwkvCache):
-    """An :class:`RwkvCache` whose states are written over by the next tokens, until somebody asks for them or a copy.
+    """An :class:`RwkvCache` whose states, in ``stack``, are written over until somebody asks for ``layers`` or a copy.
 
     On a GPU one more token of a batch of any size then costs next to no work of the CPU. Until `generate` is given it
     again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched. Threads
-    may write with one model, each with a cache of its own. The first token of each number of rows captures a graph:
-    where that begins, PyTorch may refuse random numbers to other threads, so let one of them write first.
+    may write with one model, each with a cache of its own. The first token of each number of rows, on each stream,
+    captures a graph: meanwhile PyTorch may refuse random numbers to other threads, so let one of them write first.
 
     plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
     graph: where its states may be.
@@ -95,18 +94,14 @@ class Replay:
         self._stack = Stack(*map(torch.clone, states))
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         self._stream = current  # where it is always replayed
-        self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
-        gc.collect()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._read(model)
-            _begin(self._graph, torch.cuda.default_generators[current.device_index])
-            try:
-                self._logits = self._read(model)
-            finally:
-                self._graph.capture_end()
         current.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._logits = self._read(model)
 
     @classmethod
     def of(cls, model: Any, decoder: Decoder | None, table: Tensor | None, states: Stack) -> "Replay | None":
@@ -120,6 +115,8 @@ class Replay:
                 return cls(model, decoder, table, states)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
+            random = torch.cuda.default_generators[current.device_index]
+            random.graphsafe_set_state(random.clone_state())  # before 2.13, the old one still counts for the capture
             logger.warning(f"There is no CUDA graph of this model ({reason}): tokens are computed without one.")
             return None
 
@@ -149,7 +146,7 @@ class Replay:
         here = torch.cuda.current_stream(self._stream.device)
         if here != self._stream:
             here.wait_stream(self._stream)
-            for x in cache.stack or ():
+            for x in cache._stack or ():
                 x.record_stream(here)
 
     def _at_home(self) -> AbstractContextManager[Any]:
@@ -194,16 +191,6 @@ def rows_of(table: Tensor | None, model: Any, input_ids: Tensor) -> tuple[Tensor
         return input_ids.long() if input_ids.dtype == torch.int32 else input_ids, table
     x = model.rwkv.embeddings(input_ids)[:, 0].contiguous()
     return torch.arange(len(x), device=x.device)[:, None], x
-
-
-def _begin(graph: torch.cuda.CUDAGraph, random: torch.Generator) -> None:
-    """Begin to capture, without the generator that others draw from: meanwhile PyTorch would refuse it to them."""
-    state = random.graphsafe_get_state()
-    random.graphsafe_set_state(random.clone_state())
-    try:
-        graph.capture_begin(capture_error_mode="thread_local")
-    finally:
-        random.graphsafe_set_state(state)
 
 
 def _copy(to: Iterable[Tensor], parts: Any) -> None:
