@@ -22,6 +22,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same random numbers whichever tests ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """The rows of every token that a kernel computed at once on a CPU."""
