@@ -185,7 +185,9 @@ template <class E, int N, class Body> ALWAYS_INLINE void each_group(const Tiles&
             unrolled<N>([&](auto n) ALWAYS_INLINED { __builtin_prefetch(next + n * stride + i, 0, 2); });
         } else {
             if (tile < N) __builtin_prefetch(next + tile * stride + i, 0, 2);
-            unrolled<N>([&](auto n) ALWAYS_INLINED { __builtin_prefetch(below + n * stride + i, 0, 3); });
+            if constexpr (sizeof(E) < sizeof(float)) {  // floats would drive others out of the first cache
+                unrolled<N>([&](auto n) ALWAYS_INLINED { __builtin_prefetch(below + n * stride + i, 0, 3); });
+            }
         }
         body(i, words);
     };
@@ -227,7 +229,7 @@ template <class E> struct ByFloats {
                 Floats weights[N];
                 unrolled<N>([&](auto n) ALWAYS_INLINED { weights[n] = part(words[n], p, E{}); });
                 unrolled<B>([&](auto b) ALWAYS_INLINED {
-                    const Floats x = load(batch + b * in_stride + i + p * LANES, LANES);
+                    const Floats x = in_register(load(batch + b * in_stride + i + p * LANES, LANES));
                     unrolled<N>([&](auto n) ALWAYS_INLINED {
                         totals[b][n] = multiply_add(weights[n], x, totals[b][n]);
                     });
