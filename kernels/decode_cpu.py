@@ -32,7 +32,7 @@ UNITS = ("vectors", "pairs", "amx")
 # fast or faster, on CPUs of Intel and, of pairs, of AMD.
 MOST_ROWS = {
     "vectors": {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32},
-    "pairs": {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128, torch.int8: 32},
+    "pairs": {torch.float32: 128, torch.bfloat16: 128, torch.float16: 128, torch.int8: 64},
     "amx": {torch.float32: 32, torch.bfloat16: 64, torch.float16: 32, torch.int8: 128},
 }
 
