@@ -1,5 +1,6 @@
-// What a CUDA kernel of this project needs to run on a CPU, one thread of the CPU for each of a block: slow, and exact
-// about who waits for whom. The functions named ptx_ stand for those of the source that are PTX.
+// What a CUDA kernel of this project needs to run on a CPU. Its threads take turns on one thread of the CPU: one that waits
+// gives way, and turns go up and down, so that whoever does not wait where he must comes too early in one of them. The
+// functions named ptx_ stand for those of the source that are PTX.
 
 #include <algorithm>
 #include <cmath>
@@ -7,8 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <pthread.h>
-#include <thread>
+#include <ucontext.h>
 #include <vector>
 
 #define __device__
@@ -31,36 +31,61 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
+static void give_way();
+
+struct Barrier {
+    int threads, arrived = 0, meetings = 0;
+
+    void wait() {
+        const int now = meetings;
+        if (++arrived == threads) arrived = 0, ++meetings;
+        while (meetings == now) give_way();
+    }
+};
+
 // What the threads of a block have in common.
 struct Room {
     static constexpr int LANES = 32;
-    pthread_barrier_t everybody;
-    std::vector<pthread_barrier_t> warps;
+    Barrier everybody;
+    std::vector<Barrier> warps;
     std::vector<float> told;
     std::vector<float4> memory;
 
-    Room(int threads, int bytes) : warps((threads + LANES - 1) / LANES), told(threads), memory(bytes / sizeof(float4) + 1) {
-        pthread_barrier_init(&everybody, nullptr, threads);
-        for (auto& warp : warps) pthread_barrier_init(&warp, nullptr, std::min(threads, LANES));
-    }
-    ~Room() {
-        pthread_barrier_destroy(&everybody);
-        for (auto& warp : warps) pthread_barrier_destroy(&warp);
-    }
+    Room(int threads, int bytes)
+        : everybody{threads}, warps((threads + LANES - 1) / LANES, {std::min(threads, LANES)}), told(threads),
+          memory(bytes / sizeof(float4) + 1) {}
+};
+
+// A thread of a kernel, with a stack of its own.
+struct Thread {
+    static constexpr int STACK = 1 << 16;
+    Index index, block;
+    Room* room;
+    bool is_done = false;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
 };
 
 static thread_local Index threadIdx, blockIdx, gridDim;
 static thread_local Room* room;
-static void __syncthreads() { pthread_barrier_wait(&room->everybody); }
+static thread_local Thread* running;
+static thread_local ucontext_t others;  // who gives the turns
+
+static void give_way() { swapcontext(&running->context, &others); }
+static void __syncthreads() { room->everybody.wait(); }
 static float4* shared_memory() { return room->memory.data(); }
 static void __trap() { std::abort(); }
-static unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
+static unsigned atomicAdd(unsigned* to, unsigned x) { return (*to += x) - x; }
+static unsigned ptx_arrived(const unsigned* met) {
+    give_way();
+    return *met;
+}
 static float __shfl_xor_sync(unsigned, float x, int other) {
-    pthread_barrier_t* warp = &room->warps[threadIdx.x / Room::LANES];
+    Barrier& warp = room->warps[threadIdx.x / Room::LANES];
     room->told[threadIdx.x] = x;
-    pthread_barrier_wait(warp);
+    warp.wait();
     const float heard = room->told[threadIdx.x ^ other];
-    pthread_barrier_wait(warp);
+    warp.wait();
     return heard;
 }
 
@@ -107,23 +132,47 @@ template <class Element, class T> T* ptx_after(T* from, int i, int stride) {
     return (T*)((char*)from + (long long)i * (stride * int(sizeof(Element))));
 }
 
+static void take_turn(Thread& thread) {
+    if (thread.is_done) return;
+    running = &thread, threadIdx = thread.index, blockIdx = thread.block, room = thread.room;
+    swapcontext(&others, &thread.context);
+}
+
+static void take_turns(std::vector<Thread>& threads) {
+    const auto is_done = [](const Thread& thread) { return thread.is_done; };
+    while (!std::all_of(threads.begin(), threads.end(), is_done)) {
+        std::for_each(threads.begin(), threads.end(), take_turn);
+        std::for_each(threads.rbegin(), threads.rend(), take_turn);
+    }
+}
+
 // Blocks run one after another, in the order in which a GPU begins them, or together.
 template <class Kernel, class Arguments>
 void run(Kernel kernel, Index blocks, int threads, const Arguments& arguments, int shared_bytes = 0, bool together = false) {
+    static thread_local Kernel what;
+    static thread_local const Arguments* of;
+    const auto begin = [] {
+        what(*of);
+        running->is_done = true;
+    };
+    what = kernel, of = &arguments, gridDim = blocks;
     std::vector<std::unique_ptr<Room>> rooms;
-    std::vector<std::thread> all;
+    std::vector<Thread> all;
     for (int block = 0; block < blocks.x * blocks.y; ++block) {
-        const Index here{block % blocks.x, block / blocks.x};
         rooms.push_back(std::make_unique<Room>(threads, shared_bytes));
         for (int i = 0; i < threads; ++i) {
-            all.emplace_back([&, i, here, mine = rooms.back().get()] {
-                threadIdx = {i, 0}, blockIdx = here, gridDim = blocks, room = mine;
-                kernel(arguments);
-            });
+            Index here{block % blocks.x, block / blocks.x};
+            all.push_back({{i, 0}, here, rooms.back().get()});
         }
-        if (together) continue;
-        for (std::thread& thread : all) thread.join();
+        if (together && block + 1 < blocks.x * blocks.y) continue;
+        for (Thread& thread : all) {  // which stay where they are from now on
+            getcontext(&thread.context);
+            thread.stack.reset(new char[Thread::STACK]);
+            thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = Thread::STACK;
+            thread.context.uc_link = &others;
+            makecontext(&thread.context, +begin, 0);
+        }
+        take_turns(all);
         all.clear();
     }
-    for (std::thread& thread : all) thread.join();
 }

@@ -18,7 +18,7 @@ from rwkv_kernels.decode_weights import check
 
 HERE = Path(__file__).parent
 KERNELS = (*wkv4_cuda.PLANS, "sum_pieces")
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fno-gnu-unique")  # each library has its own memory
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-gnu-unique")  # each library has its own memory
 NUMBERS = "cuda_numbers.h"
 PTX = {  # its functions that are written in PTX, and what stands for them
     "float exp_(float x)": "ptx_exp(x)",
@@ -39,7 +39,7 @@ DECODING_PTX = {
     "decode_cuda.h": {"float half_to_float(unsigned short x)": "ptx_half(x)"},
     "decode_cuda.cu": {
         "void arrive(unsigned* met)": "(void)atomicAdd(met, 1)",
-        "unsigned arrived(const unsigned* met)": "__atomic_load_n(met, __ATOMIC_SEQ_CST)",
+        "unsigned arrived(const unsigned* met)": "ptx_arrived(met)",
     },
 }
 
