@@ -30,8 +30,9 @@ class RwkvStaticCache(RwkvCache):
 
     On a GPU one more token of a batch of any size then costs next to no work of the CPU. Until `generate` is given it
     again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched. Threads
-    may write with one model, each with a cache of its own. The first token of each number of rows, on each stream,
-    captures a graph: meanwhile PyTorch may refuse random numbers to other threads, so let one of them write first.
+    are meant to be able to write with one model, each with a cache of its own: laws of that hold with a stand-in for
+    the graph, and on GPUs it has been tried too little to be promised. The first token of each number of rows, on each
+    stream, captures a graph: meanwhile PyTorch may refuse random numbers to other threads, so let one write first.
 
     plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
     graph: where its states may be.
