@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """A test draws the same random numbers whichever tests ran before it."""
+    """What a test draws by torch does not depend on the tests before it."""
     import torch
 
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 // What a CUDA kernel of this project needs to run on a CPU. Its threads take turns on one thread of the CPU: one that waits
-// gives way, and turns go up and down, so that whoever does not wait where he must comes too early in one of them. The
-// functions named ptx_ stand for those of the source that are PTX.
+// gives way, and turns go up and down, the other way round at every second launch, so that whoever does not wait where he
+// must comes too early in one of two. The functions named ptx_ stand for those of the source that are PTX.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 
 struct Index {
     int x, y;
@@ -139,10 +139,12 @@ static void take_turn(Thread& thread) {
 }
 
 static void take_turns(std::vector<Thread>& threads) {
+    static thread_local bool is_second = false;
+    bool goes_down = is_second = !is_second;
     const auto is_done = [](const Thread& thread) { return thread.is_done; };
-    while (!std::all_of(threads.begin(), threads.end(), is_done)) {
-        std::for_each(threads.begin(), threads.end(), take_turn);
-        std::for_each(threads.rbegin(), threads.rend(), take_turn);
+    for (; !std::all_of(threads.begin(), threads.end(), is_done); goes_down = !goes_down) {
+        if (goes_down) std::for_each(threads.rbegin(), threads.rend(), take_turn);
+        else std::for_each(threads.begin(), threads.end(), take_turn);
     }
 }
 
