@@ -90,15 +90,13 @@ ALWAYS_INLINE Floats multiply_add(Floats x, Floats y, Floats sum) {
 #endif
 }
 
-// x, read once for all that it meets. Left to choose, compilers read it anew from memory for each product, which is one
-// instruction less and slower: a core multiplies as many vectors as it loads.
+// x, read once for all that it meets. Where a product may take an operand from memory, compilers would rather read it anew
+// for each, which is one instruction less and slower: a core loads no more vectors than it multiplies.
 ALWAYS_INLINE Floats in_register(Floats x) {
 #if defined(__AVX512F__)
     asm("" : "+v"(x));
 #elif defined(__x86_64__)
     asm("" : "+x"(x));
-#elif defined(__aarch64__)
-    asm("" : "+w"(x));
 #endif
     return x;
 }

@@ -29,7 +29,7 @@ from rwkv_kernels.wkv4_native import Integer, Pointer, fields
 UNITS = ("vectors", "pairs", "amx")
 
 # Rows of a batch, at most, by unit and by the dtype of matrices. For more, PyTorch's products of whole batches were as
-# fast or faster, on CPUs of Intel and, of pairs, of AMD.
+# fast or faster, on CPUs of Intel and, of pairs, of AMD; there more than 128 rows were not tried.
 MOST_ROWS = {
     "vectors": {torch.float32: 32, torch.bfloat16: 16, torch.float16: 32, torch.int8: 32},
     "pairs": {torch.float32: 128, torch.bfloat16: 128, torch.float16: 128, torch.int8: 64},
