@@ -133,7 +133,10 @@ _plans: WeakKeyDictionary[nn.Module, "_Plan"] = WeakKeyDictionary()
 def _plan_of(model: nn.Module) -> "_Plan":
     plan = _plans.get(model)
     if plan is None or not plan.holds():
-        plan = _plans[model] = _Plan(model)
+        with CAPTURING:  # threads share a plan, and none lets go of graphs while one is captured
+            plan = _plans.get(model)
+            if plan is None or not plan.holds():
+                plan = _plans[model] = _Plan(model)
     return plan
 
 

@@ -3,10 +3,11 @@
 `generate(..., cache_implementation="static")` uses them.
 """
 
+import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -32,7 +33,8 @@ class RwkvStaticCache(RwkvCache):
     again, or :meth:`reset`, weights may be edited in place but not replaced or moved, nor adapters switched. Threads
     are meant to be able to write with one model, each with a cache of its own: laws of that hold with a stand-in for
     the graph, and on GPUs it has been tried too little to be promised. The first token of each number of rows, on each
-    stream, captures a graph: meanwhile PyTorch may refuse random numbers to other threads, so let one write first.
+    stream, captures a graph: meanwhile PyTorch may refuse random numbers to other threads, and a thread that waits for
+    the whole device may spoil the capture, so let one write first.
 
     plan: how its model, held weakly, computes its next token, see decoding.py; copies find their own.
     graph: where its states may be.
@@ -96,12 +98,14 @@ class Replay:
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         self._stream = current  # where it is always replayed
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._read(model)
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._read(model)
+        finally:  # what was begun writes to tensors that are let go of here
+            current.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with _no_garbage(), torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._logits = self._read(model)
 
     @classmethod
@@ -138,7 +142,16 @@ class Replay:
             return self._logits.clone()
 
     def release(self, cache: RwkvStaticCache) -> None:
-        """Leave to ``cache``, on the current stream, what states of it are or were here, whoever writes meanwhile."""
+        """Leave to ``cache``, on the current stream, what states of it are or were here, whoever writes meanwhile.
+
+        Raises:
+            RuntimeError: that stream is being captured, so cannot wait for this one.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the states of this cache are in a CUDA graph, and now another graph is being captured: call its "
+                "clone() before, and capture with that"
+            )
         with self._lock:
             self._move_out(cache)
         self._hand_over(cache)
@@ -147,8 +160,9 @@ class Replay:
         here = torch.cuda.current_stream(self._stream.device)
         if here != self._stream:
             here.wait_stream(self._stream)
-            for x in cache._stack or ():
-                x.record_stream(here)
+            for x in (*(cache._stack or ()), cache.fingerprint):
+                if x is not None and x.is_cuda:
+                    x.record_stream(here)
 
     def _at_home(self) -> AbstractContextManager[Any]:
         """On its stream, so before what that does next, wherever the thread is."""
@@ -175,6 +189,19 @@ class Replay:
         logits = model.head(outputs.last_hidden_state[:, -1])
         _copy(chain(*unstacked(self._stack)), chain(*outputs.past_key_values.layers))
         return logits
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Within, no other graph is collected, which would spoil one that this thread captures."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def table_of(embeddings: Any) -> Tensor | None:

@@ -292,9 +292,10 @@ def test_on_a_gpu_threads_write_what_each_would_alone():
 
 
 @on_a_gpu
-def test_on_a_gpu_a_state_may_be_asked_for_on_another_stream():
+@pytest.mark.parametrize("rows", [2, decode_cuda.MOST_ROWS + 1])
+def test_on_a_gpu_a_state_may_be_asked_for_on_another_stream(rows):
     """Which is behind: what the graph's own stream writes next is not to be seen there."""
-    model, ids, stream = make(PLAIN).to(HERE), text(2, 9).to(HERE), torch.cuda.Stream()
+    model, ids, stream = make(PLAIN).to(HERE), text(rows, 9).to(HERE), torch.cuda.Stream()
     cache, other = (read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2))
     read(model, ids[:, :2], cache=cache, begin=1)
     expected = [x.clone() for x in contents(cache.clone())]
@@ -302,9 +303,11 @@ def test_on_a_gpu_a_state_may_be_asked_for_on_another_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         kept = other.clone()
-    read(model, ids, cache=cache, begin=1)
+    for going_on in (cache, other):
+        read(model, ids, cache=going_on, begin=1)
     torch.cuda.synchronize()
     agree(contents(kept), expected, atol=1e-5)
+    assert kept.has_read(torch.cat([ids, ids[:, :2]], 1))
 
 
 @on_a_gpu
@@ -351,6 +354,14 @@ def test_on_a_gpu_a_token_can_be_captured_in_a_graph_of_somebody_else():
             logits = model(one, past_key_values=cache, use_cache=True).logits
         graph.replay()
     same(logits, expected)
+
+
+@on_a_gpu
+def test_on_a_gpu_a_state_in_a_graph_is_not_captured_by_somebody_else():
+    model, ids = make(PLAIN).to(HERE), text(2, 9).to(HERE)
+    cache = read(model, ids, cache=RwkvStaticCache())[1]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="clone"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
 @on_a_gpu

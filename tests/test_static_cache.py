@@ -189,6 +189,19 @@ def test_what_is_kept_of_a_cache_in_a_graph_is_not_written_over(keep, launches):
     same(contents(kept), contents(alone))
 
 
+def test_a_state_in_a_graph_is_not_captured_by_somebody_else(launches, monkeypatch):
+    """What is captured could not wait for it."""
+    model, ids = make(PLAIN), text(2, 9)
+    plan, cache = decoding._plan_of(model), read(model, ids, cache=RwkvStaticCache())[1]
+    clone = cache.clone()
+    Played(model, plan.decoder, plan.table, cache.stack).write(cache, ids[:, :1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=clone, use_cache=True)
+        with pytest.raises(RuntimeError, match="clone"):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
 def test_what_has_been_in_a_graph_does_not_come_back_after_a_reset(launches, monkeypatch):
     model, ids = make(PLAIN), text(2, 9)
     plan, caches = decoding._plan_of(model), [read(model, ids, cache=RwkvStaticCache())[1] for _ in range(2)]
@@ -208,8 +221,20 @@ def test_what_has_been_in_a_graph_does_not_come_back_after_a_reset(launches, mon
     assert not signals and not caches[0].is_initialized and caches[0].seen_tokens == 0
 
 
-def test_threads_take_turns_in_a_graph():
+@pytest.fixture
+def quick_switches():
+    """Threads are interrupted as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_take_turns_in_a_graph(quick_switches, monkeypatch):
     """Each writes, now and then keeps or reorders what it has, and has what it would have alone."""
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: False
+    )  # which PyTorch without CUDA cannot say
     threads, steps = 4, 24
     model, texts = make(PLAIN), [text(2, steps, seed=seed) for seed in range(threads)]
     starts = [read(model, ids[:, :4], native=False, cache=RwkvStaticCache())[1] for ids in texts]
@@ -231,14 +256,16 @@ def test_threads_take_turns_in_a_graph():
     model.native_decoding = False
     expected = [written(alone, cache.clone(), ids) for cache, ids in zip(starts, texts, strict=True)]
     graph = Played(model, None, None, starts[0].stack)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(written, [graph.write] * threads, starts, texts))
-    finally:
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(written, [graph.write] * threads, starts, texts))
     agree(found, expected, atol=1e-5)
+
+
+def test_threads_share_a_plan_and_so_its_graphs(quick_switches):
+    models = [make(PLAIN) for _ in range(5)]
+    with ThreadPoolExecutor(4) as pool:
+        for model in models:
+            assert len(set(pool.map(decoding._plan_of, [model] * 4))) == 1
 
 
 # Which graph a static cache is given.
