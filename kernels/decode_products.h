@@ -218,6 +218,7 @@ template <class E> struct ByFloats {
     typedef Rows Input;
     static constexpr int WIDE = decode::WIDE;
     static constexpr int64_t DEEP = 1024;  // columns, a multiple of any vector's: in the first cache, a tile's of a batch
+    static constexpr bool HAS_ROOM = WIDE > 2 || PARTS<E> == 1;  // among 16 registers, words that have parts left take it
 
     // N rows of a matrix, from `row` on, times B rows of `in`.
     template <int B, int N> static ALWAYS_INLINE void band(const Tiles& it, int64_t row, const Rows& in, Rows& out) {
@@ -229,7 +230,8 @@ template <class E> struct ByFloats {
                 Floats weights[N];
                 unrolled<N>([&](auto n) ALWAYS_INLINED { weights[n] = part(words[n], p, E{}); });
                 unrolled<B>([&](auto b) ALWAYS_INLINED {
-                    const Floats x = in_register(load(batch + b * in_stride + i + p * LANES, LANES));
+                    Floats x = load(batch + b * in_stride + i + p * LANES, LANES);
+                    if constexpr (HAS_ROOM) x = in_register(x);
                     unrolled<N>([&](auto n) ALWAYS_INLINED {
                         totals[b][n] = multiply_add(weights[n], x, totals[b][n]);
                     });
