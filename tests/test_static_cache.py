@@ -232,9 +232,8 @@ def quick_switches():
 
 def test_threads_take_turns_in_a_graph(quick_switches, monkeypatch):
     """Each writes, now and then keeps or reorders what it has, and has what it would have alone."""
-    monkeypatch.setattr(
-        torch.cuda, "is_current_stream_capturing", lambda: False
-    )  # which PyTorch without CUDA cannot say
+    # PyTorch without CUDA cannot say whether it captures.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     threads, steps = 4, 24
     model, texts = make(PLAIN), [text(2, steps, seed=seed) for seed in range(threads)]
     starts = [read(model, ids[:, :4], native=False, cache=RwkvStaticCache())[1] for ids in texts]
